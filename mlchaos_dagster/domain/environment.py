@@ -1,0 +1,223 @@
+"""The environment: where logical targets, SLIs and limits become real.
+
+Secrets are referenced (`env:NAME`, `file:PATH`), never written here.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlchaos_dagster.domain.spec import AbortCondition, Model, Name
+from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction
+
+REQUEST_MEASURES = (
+    "availability",
+    "error_rate",
+    "latency_p50",
+    "latency_p95",
+    "latency_p99",
+    "latency_mean",
+    "fallback_rate",
+)
+"""SLIs that the built-in probe measures on its own requests."""
+RATIO_MEASURES = ("availability", "error_rate", "fallback_rate")
+
+
+class Target(Model):
+    """What a logical target is here."""
+
+    select: Annotated[str, Field(min_length=1)]
+    """Sandbox: a glob over process names (`inference-*`) or links (`gateway->feature-store`)."""
+    describe: str = ""
+
+
+class RequestProbe(Model):
+    """The open-loop HTTP probe: real requests on a fixed schedule."""
+
+    url: str
+    """`{gateway}` stands for the sandbox's gateway."""
+    method: Literal["GET", "POST"] = "POST"
+    rate: Annotated[float, Field(gt=0, le=5000)] = 50
+    """Requests per second. 50: a p95 from 50 requests a second, light on two cores."""
+    timeout: Duration = 2.0
+    """A request without an answer after this is a failure."""
+    bodies: tuple[dict[str, Any], ...] = ()
+    """JSON bodies, sent in turn; empty: none."""
+    headers: dict[str, str] = {}
+
+
+class Sli(Model):
+    """A named series: measured on the probe's requests, read as a signal, or asked of Prometheus."""
+
+    measure: Literal[REQUEST_MEASURES] | None = None  # type: ignore[valid-type]
+    signal: str | None = None
+    query: str | None = None
+    """PromQL that yields exactly one series."""
+    unit: Literal["ratio", "s", ""] = ""
+    reduce: Literal["mean", "min", "max"] = "mean"
+    """How a signal or query becomes one number over a phase."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Sli:
+        given = [n for n in ("measure", "signal", "query") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of measure, signal, query; it has {', '.join(given) or 'none'}")
+        return self
+
+    @property
+    def shown_unit(self) -> str:
+        """Unit for people: that of the measure, else the declared one."""
+        if self.measure is None:
+            return self.unit
+        return "ratio" if self.measure in RATIO_MEASURES else "s"
+
+
+class Sampling(Model):
+    """How often we look, how long, and when a measurement counts as lost."""
+
+    baseline: Duration = 10.0
+    interval: Duration = 0.1
+    """Seconds between two looks of the watch loop; bounds breach → decision. 100 ms."""
+    signal_interval: Duration = 0.1
+    """Seconds between two reads of each signal. 100 ms."""
+    window: Duration = 1.0
+    """Sliding window on which abort conditions are evaluated."""
+    blind_for: Duration = 3.0
+    """Without a new measurement for this long the run aborts."""
+    max_lateness: Duration = 0.05
+    """A request sent later than this after its time is excluded and counted. 50 ms."""
+    max_late_fraction: Fraction = 0.2
+    """More late requests than this in the window: INCONCLUSIVE."""
+    min_samples: Annotated[int, Field(gt=0)] = 100
+    """Fewer requests than this in a phase: INCONCLUSIVE."""
+    recovery_timeout: Duration = 60.0
+    """Sampling ends this long after the fault is gone, steady or not; recovery is then censored."""
+
+
+class Limits(Model):
+    """Guards and limits that hold for every experiment here."""
+
+    health_at_least: Fraction = 0.8
+    """System health score below which nothing starts (R4-03)."""
+    budget_at_least: Fraction = 0.1
+    """Error budget left below which nothing starts and what runs is aborted."""
+    max_fraction: Annotated[Fraction, Field(gt=0)] = 1.0
+    """No experiment may hit a larger share of a target."""
+    abort: tuple[AbortCondition, ...] = ()
+    """In force during every fault window."""
+
+
+class ErrorBudget(Model):
+    """The objective of the service over a rolling window."""
+
+    objective: Annotated[Fraction, Field(gt=0, lt=1)] = 0.95
+    window: Duration = 3600.0
+    source: Literal["requests", "prometheus"] = "requests"
+    """`requests`: what the platform's own gateway counted; `prometheus`: `total` and `bad` queries."""
+    total: str | None = None
+    bad: str | None = None
+
+    @model_validator(mode="after")
+    def _queries(self) -> ErrorBudget:
+        if self.source == "prometheus" and not (self.total and self.bad):
+            raise ValueError("source prometheus needs the queries total and bad")
+        return self
+
+
+class Freeze(Model):
+    """A span in which nothing is injected."""
+
+    start: datetime
+    end: datetime
+    reason: str
+
+    @model_validator(mode="after")
+    def _order(self) -> Freeze:
+        if self.start.tzinfo is None or self.end.tzinfo is None:
+            raise ValueError("start and end need a time zone, such as 2026-12-20T00:00:00+01:00")
+        if self.end <= self.start:
+            raise ValueError("end is not after start")
+        return self
+
+
+class Safety(Model):
+    """Timing of the rings that take a fault away."""
+
+    lease_ttl: Duration = 5.0
+    """No renewal seen by the watchdog for this long: the owner hangs and is fenced. 5 s: ten missed renewals."""
+    recover_timeout: Duration = 15.0
+    """Bound of one shielded recovery; after it the run is UNCLEAN and the watchdog goes on."""
+    confirm_within: Duration = 5.0
+    """The fault's effect must be seen this soon, else the run cannot be HELD."""
+    deadline_grace: DurationOrZero = 5.0
+    """Added to the window for the backend's own deadline, so that it never ends a healthy window early."""
+
+
+class SandboxOptions(Model):
+    """Configuration of the embedded platform."""
+
+    replicas: Annotated[int, Field(ge=1, le=50)] = 3
+    mechanisms: dict[Literal["restart", "breaker", "fallback", "retries", "readiness"], bool] = {}
+    """Resilience mechanisms switched off with `false`."""
+
+
+class Prometheus(Model):
+    """Where PromQL is asked."""
+
+    url: str
+    timeout: Duration = 2.0
+
+
+class Environment(Model):
+    """Where experiments run."""
+
+    schema_: Annotated[Literal["mlchaos/v1"], Field(alias="schema")]
+    name: Name
+    title: str = ""
+    backends: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    """Driver name → the fault kinds it serves here."""
+    targets: Annotated[dict[Name, Target], Field(min_length=1)]
+    probe: RequestProbe
+    slis: Annotated[dict[str, Sli], Field(min_length=1)]
+    signals: tuple[str, ...] = ()
+    """Signals read beside the probe, by name, as the backend offers them."""
+    sampling: Sampling = Sampling()
+    limits: Limits = Limits()
+    error_budget: ErrorBudget | None = None
+    freezes: tuple[Freeze, ...] = ()
+    safety: Safety = Safety()
+    duration_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Multiplies every experiment's duration; the record says so."""
+    duration_min: DurationOrZero = 0.0
+    """A scaled duration is never shorter than this (nor longer than asked for)."""
+    sandbox: SandboxOptions | None = None
+    prometheus: Prometheus | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Environment:
+        served: dict[str, str] = {}
+        for backend, kinds in self.backends.items():
+            for kind in kinds:
+                if kind in served:
+                    raise ValueError(f"backends: {kind} is served by both {served[kind]} and {backend}")
+                served[kind] = backend
+        for name, sli in self.slis.items():
+            if sli.query and self.prometheus is None:
+                raise ValueError(f"slis.{name}: a query needs prometheus: {{url: …}}")
+            if sli.signal and sli.signal not in self.signals:
+                raise ValueError(f"slis.{name}: signal {sli.signal} is not among signals")
+        for i, condition in enumerate(self.limits.abort):
+            if condition.sli not in self.slis:
+                raise ValueError(f"limits.abort[{i}].sli: no such SLI {condition.sli}")
+        return self
+
+    def backend_for(self, kind: str) -> str | None:
+        """The driver that serves a fault kind here, or None."""
+        return next((name for name, kinds in self.backends.items() if kind in kinds), None)
+
+    def scaled(self, duration_s: float) -> float:
+        """The duration as it runs here."""
+        return min(duration_s, max(duration_s * self.duration_scale, self.duration_min))
