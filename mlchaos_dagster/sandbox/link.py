@@ -1,0 +1,321 @@
+"""One faulty wire: a user-space TCP forwarder whose traffic rules can delay, lose or stop. Data plane only.
+
+What a rule means here, where there are byte streams and no packets:
+
+- **latency**: every chunk waits ``latency_ms / 2`` (± ``jitter_ms / 2``, uniform) in each direction, so that a round trip
+  gains ``latency_ms`` ± ``jitter_ms``. Order is kept. The TCP handshake with the proxy itself is not delayed.
+- **loss**: bytes inside TCP are never lost to the application, they are late. A chunk is "lost" with probability
+  ``fraction`` and then waits a retransmission time-out of 200 ms, doubled for every further loss of the same chunk;
+  after the fourth loss in a row the connection is reset. All that follows waits behind it (head of line).
+- **partition**: no byte passes, on old and on new connections (they are accepted by the kernel, then hear nothing). When
+  the partition ends, every connection that lost bytes or never reached its upstream is reset.
+
+Rules act on connections that were open before. When the last delaying rule goes, delayed bytes are passed on at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+_RTO_S = 0.2
+_MAX_LOSSES = 4
+_QUEUE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass
+class Rule:
+    """One lease's fault on one link; times are seconds of the shared monotonic clock."""
+
+    lease_id: str
+    token: int
+    link: str
+    kind: str
+    params: dict[str, float]
+    deadline: float
+    counters: dict[str, int] = field(default_factory=lambda: {"delayed": 0, "lost": 0, "dropped": 0, "resets": 0})
+    first_effect: float | None = None
+
+    def count(self, what: str) -> None:
+        """Count a chunk (or connection) this rule has touched."""
+        self.counters[what] += 1
+        if self.first_effect is None:
+            self.first_effect = time.monotonic()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The live rule as JSON."""
+        return {
+            "lease_id": self.lease_id,
+            "token": self.token,
+            "link": self.link,
+            "kind": self.kind,
+            "params": self.params,
+            "remaining_s": round(max(0.0, self.deadline - time.monotonic()), 3),
+            "counters": dict(self.counters),
+            "first_effect": self.first_effect,
+        }
+
+
+class Link:
+    """A listening port, its upstream, the connections between them and the rules they obey."""
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.name = name
+        self.upstream: tuple[str, int] | None = None
+        self.rules: list[Rule] = []
+        self.connections: set[Connection] = set()
+        self.rng = rng
+        self.port = 0
+        self.bytes_total = 0
+        self.connections_total = 0
+
+    @property
+    def partition(self) -> Rule | None:
+        """The rule that stops all traffic, if there is one."""
+        return next((rule for rule in self.rules if rule.kind == "network_partition"), None)
+
+    def delay(self) -> float | None:
+        """Seconds the next chunk has to wait (0 = none), None when its connection is to be reset instead."""
+        total = 0.0
+        for rule in self.rules:
+            if rule.kind == "network_latency":
+                half, spread = rule.params["latency_ms"] / 2000, rule.params["jitter_ms"] / 2000
+                total += max(0.0, half + self.rng.uniform(-spread, spread))
+                rule.count("delayed")
+            elif rule.kind == "network_loss":
+                losses = 0
+                while losses < _MAX_LOSSES and self.rng.random() < rule.params["fraction"]:
+                    total += _RTO_S * 2**losses
+                    losses += 1
+                    rule.count("lost")
+                if losses == _MAX_LOSSES:
+                    rule.count("resets")
+                    return None
+        return total
+
+    def changed(self) -> None:
+        """Let the connections act on rules that were removed."""
+        if self.partition is None:
+            for connection in list(self.connections):
+                if connection.blackholed:
+                    connection.abort()
+        if not any(rule.kind in ("network_latency", "network_loss") for rule in self.rules):
+            for connection in list(self.connections):
+                connection.to_upstream.flush()
+                connection.to_client.flush()
+
+
+class Pipe:
+    """One direction of a connection: an ordered queue of chunks with the time at which each may go on."""
+
+    def __init__(self, link: Link, reset: Callable[[], None]) -> None:
+        self.link = link
+        self.source: asyncio.Transport | None = None
+        self.sink: asyncio.Transport | None = None
+        self._reset = reset
+        self._queue: deque[tuple[float, bytes | None]] = deque()
+        self._queued = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._paused: set[str] = set()
+
+    def put(self, chunk: bytes | None) -> None:
+        """Take a chunk (None = end of stream) and pass it on when the rules allow."""
+        delay = self.link.delay() if chunk is not None and self.link.rules else 0.0
+        now = time.monotonic()
+        if delay is None:
+            # The sender would learn of the dead connection only after its retransmissions: not at once.
+            asyncio.get_running_loop().call_later(_RTO_S * (2**_MAX_LOSSES - 1), self._reset)
+            self._pause("lost", True)
+            return
+        if not delay and not self._queue and self.sink is not None:
+            self._pass(chunk)
+            return
+        due = max(now + delay, self._queue[-1][0] if self._queue else 0.0)
+        self._queue.append((due, chunk))
+        self._queued += len(chunk or b"")
+        self._pause("queue", self._queued > _QUEUE_BYTES)
+        self._arm()
+
+    def flush(self) -> None:
+        """Pass on everything that waits; when there is nowhere to pass it yet, it stays."""
+        while self._queue and self.sink is not None:
+            self._pop()
+        self._arm()
+
+    def drop(self) -> None:
+        """Forget everything that waits."""
+        self._queue.clear()
+        self._queued = 0
+        self._arm()
+
+    def hold(self, held: bool) -> None:
+        """Stop reading while the other side's buffer is full."""
+        self._pause("sink", held)
+
+    def _pop(self) -> None:
+        chunk = self._queue.popleft()[1]
+        self._queued -= len(chunk or b"")
+        self._pass(chunk)
+        self._pause("queue", self._queued > _QUEUE_BYTES)
+
+    def _pass(self, chunk: bytes | None) -> None:
+        sink = self.sink
+        if sink is None or sink.is_closing():
+            return
+        if chunk is None:
+            if sink.can_write_eof():
+                sink.write_eof()
+            return
+        self.link.bytes_total += len(chunk)
+        sink.write(chunk)
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._queue and self.sink is not None:
+            wait = max(0.0, self._queue[0][0] - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(wait, self._due)
+
+    def _due(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        while self._queue and self._queue[0][0] <= now + 0.0005:
+            self._pop()
+        self._arm()
+
+    def _pause(self, why: str, paused: bool) -> None:
+        before = bool(self._paused)
+        if paused:
+            self._paused.add(why)
+        else:
+            self._paused.discard(why)
+        if self.source is None or self.source.is_closing() or before == bool(self._paused):
+            return
+        if self._paused:
+            self.source.pause_reading()
+        else:
+            self.source.resume_reading()
+
+
+class Connection:
+    """A client's connection and the one to the upstream that belongs to it."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.blackholed = False
+        self.to_upstream = Pipe(link, self.abort)
+        self.to_client = Pipe(link, self.abort)
+        self._ends = 0
+        link.connections.add(self)
+        link.connections_total += 1
+
+    def open(self, client: asyncio.Transport) -> None:
+        """The client is there: connect to the upstream, unless a partition keeps them apart."""
+        self.to_upstream.source = self.to_client.sink = client
+        rule = self.link.partition
+        if rule is not None:
+            rule.count("dropped")
+            self.blackholed = True
+            return
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        upstream = self.link.upstream
+        try:
+            if upstream is None:
+                raise ConnectionRefusedError("no upstream yet")
+            await asyncio.get_running_loop().create_connection(lambda: _End(self, False), *upstream)
+        except OSError:
+            if self.link.partition is not None:
+                self.blackholed = True
+            else:
+                self.abort()
+
+    def connected(self, upstream: asyncio.Transport) -> None:
+        """The upstream is there: pass on what the client has sent meanwhile."""
+        if self not in self.link.connections:
+            upstream.abort()
+            return
+        self.to_upstream.sink = self.to_client.source = upstream
+        self.to_upstream._due()
+
+    def received(self, chunk: bytes | None, from_client: bool) -> None:
+        """A chunk (None = end of stream) came in from one side."""
+        rule = self.link.partition
+        if rule is not None or self.blackholed:
+            if rule is not None:
+                rule.count("dropped")
+            self.blackholed = True
+            return
+        (self.to_upstream if from_client else self.to_client).put(chunk)
+        if chunk is None:
+            self._ends += 1
+            if self._ends == 2:
+                self.close()
+
+    def lost(self, from_client: bool) -> None:
+        """One side's connection is gone; a partition keeps that from the client."""
+        if from_client:
+            self.abort()
+        elif self.link.partition is not None or self.blackholed:
+            self.blackholed = True
+        elif not self.to_client._queue:
+            self.close()
+
+    def close(self) -> None:
+        """Close both sides after what they still have to send."""
+        self.link.connections.discard(self)
+        for end in (self.to_upstream.source, self.to_upstream.sink):
+            if end is not None:
+                end.close()
+
+    def abort(self) -> None:
+        """Reset both sides at once."""
+        self.link.connections.discard(self)
+        self.to_upstream.drop()
+        self.to_client.drop()
+        for end in (self.to_upstream.source, self.to_upstream.sink):
+            if end is not None:
+                end.abort()
+
+
+class _End(asyncio.Protocol):
+    """One socket of a connection, as asyncio sees it."""
+
+    def __init__(self, connection: Connection, is_client: bool) -> None:
+        self._connection = connection
+        self._is_client = is_client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if self._is_client:
+            self._connection.open(transport)
+        else:
+            self._connection.connected(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._connection.received(data, self._is_client)
+
+    def eof_received(self) -> bool:
+        self._connection.received(None, self._is_client)
+        return True  # half-closed connections stay open until the other side is done
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.lost(self._is_client)
+
+    def pause_writing(self) -> None:
+        (self._connection.to_client if self._is_client else self._connection.to_upstream).hold(True)
+
+    def resume_writing(self) -> None:
+        (self._connection.to_client if self._is_client else self._connection.to_upstream).hold(False)
+
+
+def client_side(link: Link) -> asyncio.Protocol:
+    """Protocol factory for a link's listening socket."""
+    return _End(Connection(link), True)

@@ -1,0 +1,76 @@
+"""The model that the inference replicas serve: trained once, deterministically; loaded only if it is the one expected."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+FEATURES = 8
+_TRAINING_ROWS = 2000
+_GOLDEN_ROWS = 5
+_GOLDEN_TOLERANCE = 1e-9
+
+
+class ModelRejected(Exception):
+    """The file is not the model that was promised; a replica that meets this never becomes ready."""
+
+
+def train(directory: Path, seed: int) -> str:
+    """Train, write ``model.pkl`` and ``model.json`` (golden predictions) atomically; return the model's SHA-256."""
+    import numpy as np
+    from sklearn.naive_bayes import GaussianNB
+
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(_TRAINING_ROWS, FEATURES))
+    labels = (rows @ rng.normal(size=FEATURES) + rng.normal(scale=0.3, size=_TRAINING_ROWS) > 0).astype(int)
+    model = GaussianNB().fit(rows, labels)
+    golden = rows[:_GOLDEN_ROWS]
+    directory.mkdir(parents=True, exist_ok=True)
+    blob = pickle.dumps(model, protocol=5)
+    digest = hashlib.sha256(blob).hexdigest()
+    card = {
+        "sha256": digest,
+        "version": digest[:12],
+        "golden_rows": golden.tolist(),
+        "golden_scores": model.predict_proba(golden)[:, 1].tolist(),
+    }
+    _replace(directory / "model.pkl", blob)
+    _replace(directory / "model.json", json.dumps(card).encode())
+    return digest
+
+
+def load(directory: Path, expected_sha256: str) -> Any:
+    """Read the model, checking its checksum before unpickling and its golden predictions after.
+
+    Raises:
+        ModelRejected: missing, of another checksum, or answering otherwise than when it was trained.
+    """
+    try:
+        blob = (directory / "model.pkl").read_bytes()
+        card = json.loads((directory / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelRejected(f"model cannot be read: {error}") from error
+    digest = hashlib.sha256(blob).hexdigest()
+    if digest != expected_sha256:
+        raise ModelRejected(f"checksum is {digest[:12]}…, expected {expected_sha256[:12]}…")
+    model = pickle.loads(blob)
+    scores = model.predict_proba(card["golden_rows"])[:, 1]
+    worst = max(abs(float(a) - b) for a, b in zip(scores, card["golden_scores"], strict=True))
+    if worst > _GOLDEN_TOLERANCE:
+        raise ModelRejected(f"golden predictions differ by {worst:.3g}")
+    return model
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(train(Path(sys.argv[1]), int(sys.argv[2])))

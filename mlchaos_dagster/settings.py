@@ -1,0 +1,100 @@
+"""`MLCHAOS_*` → one frozen object. The only reader of `os.environ`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+STATE_DIR = ".mlchaos"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The state directory and the places in it."""
+
+    root: Path
+
+    @property
+    def ledger(self) -> Path:
+        """Open and closed leases, heartbeats."""
+        return self.root / "ledger"
+
+    @property
+    def records(self) -> Path:
+        """One record (and its raw samples) per run."""
+        return self.root / "records"
+
+    @property
+    def reports(self) -> Path:
+        """One HTML report per run."""
+        return self.root / "reports"
+
+    @property
+    def dagster(self) -> Path:
+        """Dagster's storage."""
+        return self.root / "dagster"
+
+    @property
+    def assets(self) -> Path:
+        """What the IO manager keeps, one file per asset and run."""
+        return self.root / "assets"
+
+    @property
+    def stops(self) -> Path:
+        """Stop requests by run id, and the lever."""
+        return self.root / "stop"
+
+    @property
+    def gates(self) -> Path:
+        """Gates by environment, closed by the error-budget sensor."""
+        return self.root / "gates"
+
+    @property
+    def incidents(self) -> Path:
+        """The incident log, one JSON a line."""
+        return self.root / "incidents.jsonl"
+
+    def sandbox(self, environment: str) -> Path:
+        """The embedded platform of one environment."""
+        return self.root / "sandbox" / environment
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the surroundings say."""
+
+    home: Home
+    environment: str
+    """`MLCHAOS_ENVIRONMENT`; default `sandbox`, because it needs nothing."""
+    library: tuple[Path, ...]
+    """`MLCHAOS_LIBRARY`, separated like PATH: searched before the shipped library."""
+    color: bool
+    """False when `NO_COLOR` is set (no-color.org)."""
+    user: str
+    """Who starts runs; goes into records."""
+
+
+def load(env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
+    """Settings from the environment variables, defaults for a laptop.
+
+    The state directory is `MLCHAOS_HOME`, else `.mlchaos` in the nearest folder upwards that has a
+    `dagster.yaml` or a `.mlchaos`, else `.mlchaos` here.
+    """
+    env = os.environ if env is None else env
+    here = (cwd or Path.cwd()).resolve()
+    if env.get("MLCHAOS_HOME"):
+        root = Path(env["MLCHAOS_HOME"]).expanduser()
+        root = root if root.is_absolute() else here / root
+    else:
+        found = (d for d in (here, *here.parents) if (d / "dagster.yaml").is_file() or (d / STATE_DIR).is_dir())
+        root = next(found, here) / STATE_DIR
+    library = tuple(Path(p).expanduser() for p in env.get("MLCHAOS_LIBRARY", "").split(os.pathsep) if p)
+    return Settings(
+        home=Home(root.resolve()),
+        environment=env.get("MLCHAOS_ENVIRONMENT") or "sandbox",
+        library=library,
+        color=not env.get("NO_COLOR"),
+        user=env.get("MLCHAOS_USER") or env.get("USER") or env.get("LOGNAME") or "",
+    )
