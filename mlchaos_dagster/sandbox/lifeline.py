@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import time
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_OPEN_FILES = 8192
 
 
 class Lifeline:
@@ -38,6 +40,10 @@ class Lifeline:
 def attach() -> Lifeline:
     """Bind this process's life to its supervisor; call first, before slow imports."""
     _die_with_parent()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft < wanted:  # blackholed connections pile up in gateway and proxy
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     buffer = b""
     while b"\n" not in buffer:
         chunk = os.read(0, 65536)

@@ -19,7 +19,6 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,15 +112,20 @@ class Link:
 class Pipe:
     """One direction of a connection: an ordered queue of chunks with the time at which each may go on."""
 
-    def __init__(self, link: Link, reset: Callable[[], None]) -> None:
-        self.link = link
+    def __init__(self, connection: Connection) -> None:
+        self.link = connection.link
+        self._connection = connection
         self.source: asyncio.Transport | None = None
         self.sink: asyncio.Transport | None = None
-        self._reset = reset
         self._queue: deque[tuple[float, bytes | None]] = deque()
         self._queued = 0
         self._timer: asyncio.TimerHandle | None = None
         self._paused: set[str] = set()
+
+    @property
+    def waiting(self) -> bool:
+        """True while chunks wait here."""
+        return bool(self._queue)
 
     def put(self, chunk: bytes | None) -> None:
         """Take a chunk (None = end of stream) and pass it on when the rules allow."""
@@ -129,7 +133,7 @@ class Pipe:
         now = time.monotonic()
         if delay is None:
             # The sender would learn of the dead connection only after its retransmissions: not at once.
-            asyncio.get_running_loop().call_later(_RTO_S * (2**_MAX_LOSSES - 1), self._reset)
+            asyncio.get_running_loop().call_later(_RTO_S * (2**_MAX_LOSSES - 1), self._connection.abort)
             self._pause("lost", True)
             return
         if not delay and not self._queue and self.sink is not None:
@@ -164,12 +168,17 @@ class Pipe:
         self._pause("queue", self._queued > _QUEUE_BYTES)
 
     def _pass(self, chunk: bytes | None) -> None:
+        rule = self.link.partition
+        if rule is not None:  # it waited here when the partition came
+            rule.count("dropped")
+            self._connection.blackholed = True
+            return
         sink = self.sink
         if sink is None or sink.is_closing():
             return
         if chunk is None:
-            if sink.can_write_eof():
-                sink.write_eof()
+            sink.write_eof()
+            self._connection.ended()
             return
         self.link.bytes_total += len(chunk)
         sink.write(chunk)
@@ -180,9 +189,10 @@ class Pipe:
             self._timer = None
         if self._queue and self.sink is not None:
             wait = max(0.0, self._queue[0][0] - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(wait, self._due)
+            self._timer = asyncio.get_running_loop().call_later(wait, self.due)
 
-    def _due(self) -> None:
+    def due(self) -> None:
+        """Pass on what has waited long enough."""
         self._timer = None
         now = time.monotonic()
         while self._queue and self._queue[0][0] <= now + 0.0005:
@@ -209,9 +219,10 @@ class Connection:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.blackholed = False
-        self.to_upstream = Pipe(link, self.abort)
-        self.to_client = Pipe(link, self.abort)
+        self.to_upstream = Pipe(self)
+        self.to_client = Pipe(self)
         self._ends = 0
+        self._upstream_lost = False
         link.connections.add(self)
         link.connections_total += 1
 
@@ -243,7 +254,7 @@ class Connection:
             upstream.abort()
             return
         self.to_upstream.sink = self.to_client.source = upstream
-        self.to_upstream._due()
+        self.to_upstream.due()
 
     def received(self, chunk: bytes | None, from_client: bool) -> None:
         """A chunk (None = end of stream) came in from one side."""
@@ -252,12 +263,10 @@ class Connection:
             if rule is not None:
                 rule.count("dropped")
             self.blackholed = True
+            if chunk is None and from_client:
+                self.abort()  # the client gave up; keeping its socket would only fill our table
             return
         (self.to_upstream if from_client else self.to_client).put(chunk)
-        if chunk is None:
-            self._ends += 1
-            if self._ends == 2:
-                self.close()
 
     def lost(self, from_client: bool) -> None:
         """One side's connection is gone; a partition keeps that from the client."""
@@ -265,7 +274,17 @@ class Connection:
             self.abort()
         elif self.link.partition is not None or self.blackholed:
             self.blackholed = True
-        elif not self.to_client._queue:
+        else:
+            self._upstream_lost = True
+            if self.to_client.waiting:
+                self.to_client.put(None)
+            else:
+                self.close()
+
+    def ended(self) -> None:
+        """One direction has passed its end of stream on."""
+        self._ends += 1
+        if self._ends >= 2 or self._upstream_lost:
             self.close()
 
     def close(self) -> None:

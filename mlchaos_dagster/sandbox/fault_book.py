@@ -1,0 +1,342 @@
+"""The supervisor's faults: injected on slots and proxies, ended by removal or deadline, seen at the target.
+
+What is present is asked of the processes each time; the book only remembers what was meant, so that a proxy that had to
+be restarted gets its still-valid rules back. Removal comes before everything: a lease once removed can never inject again,
+a proxy that does not confirm the removal is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from .faults import NETWORK_KINDS, Fault, Refused, parse
+from .slots import Slot
+from .truth import TruthLog
+
+_CALL_S = 1.0
+_WATCH_S = 0.1
+
+ProxyCall = Callable[[Slot, str, str, Any, float], Awaitable[tuple[int, Any]]]
+_UNANSWERED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
+
+
+def proxy_of(link: str) -> str:
+    """Name of the proxy process that a link runs through."""
+    return "proxy-feature-store" if link.endswith("feature-store") else "proxy-inference"
+
+
+class FaultBook:
+    """All faults of one sandbox. ``call`` sends one request to a proxy's control face."""
+
+    def __init__(
+        self, slots: dict[str, Slot], links: Callable[[], list[str]], call: ProxyCall, truth: TruthLog, directory: Path
+    ) -> None:
+        self._slots = slots
+        self._links = links
+        self._call = call
+        self._truth = truth
+        self._faults: dict[tuple[str, str, str], Fault] = {}
+        self._highest: dict[str, int] = {}
+        self._seen_expiries: dict[int, int] = {}
+        self.lock = asyncio.Lock()
+        self._tombstone_path = directory / "tombstones.jsonl"
+        self._tombstones = self._load_tombstones()
+
+    # -- verbs ------------------------------------------------------------------------------------------------------
+
+    async def add(self, body: Any) -> dict[str, Any]:
+        """Inject; return the fault as it is afterwards.
+
+        Raises:
+            Refused: nothing of it is left in force.
+        """
+        fault = parse(body, self._slots, self._links())
+        async with self.lock:
+            if fault.lease_id in self._tombstones:
+                raise Refused(409, f"lease {fault.lease_id} was removed; it can never inject again")
+            highest = self._highest.get(fault.target, 0)
+            if fault.token < highest:
+                raise Refused(409, f"token {fault.token} is fenced: {fault.target} has seen {highest}")
+            if fault.key not in self._faults:
+                self._highest[fault.target] = fault.token
+                self._faults[fault.key] = fault
+                try:
+                    await (self._inject_network(fault) if fault.kind in NETWORK_KINDS else self._inject_pod(fault))
+                except BaseException:
+                    self._faults.pop(fault.key, None)
+                    await asyncio.shield(self._clear(fault))
+                    raise
+                self._truth.write(
+                    "fault_added", fault.target, None, fault.lease_id, kind=fault.kind, params=fault.params
+                )
+        for seen in (await self.present())["faults"]:
+            if (seen["lease_id"], seen["target"], seen["kind"]) == fault.key:
+                return seen
+        raise Refused(409, f"{fault.kind} on {fault.target} ended before it was seen")
+
+    async def remove(self, lease: str) -> list[dict[str, Any]]:
+        """Take everything of a lease away, for ever; return what there was. Safe for leases nobody knows."""
+        self._bury(lease)
+        async with self.lock:
+            removed = [fault for fault in self._faults.values() if fault.lease_id == lease]
+            for fault in removed:
+                del self._faults[fault.key]
+                await self._clear(fault)
+                self._truth.write("fault_removed", fault.target, None, lease, kind=fault.kind)
+            # Ask every proxy, not only those we remember: their word counts, and they keep the tombstone too.
+            proxies = [slot for slot in self._slots.values() if slot.role == "proxy"]
+            await asyncio.gather(*(self._clear_proxy(slot, lease) for slot in proxies))
+        return [{"target": fault.target, "kind": fault.kind, "params": fault.params} for fault in removed]
+
+    async def present(self) -> dict[str, Any]:
+        """Every fault there is, asked of slots and proxies now: {"faults": […], "unanswered": [proxy names]}."""
+        rules, unanswered = await self._ask_proxies()
+        found: list[dict[str, Any]] = []
+        for fault in list(self._faults.values()):
+            if fault.kind in NETWORK_KINDS:
+                seen = self._seen_network(fault, rules.pop(fault.key, None), unanswered)
+            else:
+                seen = self._seen_pod(fault)
+            if seen is not None:
+                found.append(seen)
+        for rule in rules.values():  # in force, though we do not mean it: say so
+            fault = Fault(rule["lease_id"], rule["token"], rule["kind"], rule["link"], rule["params"], 0.0)
+            fault.deadline = time.monotonic() + rule["remaining_s"]
+            found.append(fault.to_dict(effective=bool(rule["first_effect"]), evidence=[_rule_line(rule)]))
+        return {"faults": found, "unanswered": sorted(unanswered)}
+
+    def on(self, target: str) -> list[str]:
+        """Leases with a fault on this process or on a link to it."""
+        return sorted({f.lease_id for f in self._faults.values() if f.target in (target, f"gateway->{target}")})
+
+    async def reinstate(self, slot: Slot) -> None:
+        """Give a proxy that is new the rules that are still meant."""
+        async with self.lock:
+            for fault in list(self._faults.values()):
+                if fault.kind in NETWORK_KINDS and proxy_of(fault.target) == slot.name and fault.remaining_s > 0:
+                    try:
+                        await self._post_rule(slot, fault)
+                        self._truth.write("fault_reinstated", fault.target, slot.pid, fault.lease_id, kind=fault.kind)
+                    except (Refused, *_UNANSWERED):
+                        continue  # not in force, and ``present`` says so
+
+    async def watch(self) -> None:
+        """Task: write the moments at which network faults took effect and expired into the truth log."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if not any(fault.kind in NETWORK_KINDS for fault in self._faults.values()):
+                continue
+            rules, unanswered = await self._ask_proxies()
+            for fault in list(self._faults.values()):
+                if fault.kind not in NETWORK_KINDS:
+                    continue
+                rule = rules.get(fault.key)
+                if rule is not None:
+                    self._log_effect(fault, rule["first_effect"])
+                elif fault.remaining_s <= 0 and proxy_of(fault.target) not in unanswered:
+                    # It died with its proxy, before its time was up; the proxy tells of all others itself.
+                    if self._faults.pop(fault.key, None) is not None:
+                        self._truth.write("fault_expired", fault.target, None, fault.lease_id, kind=fault.kind)
+
+    # -- pods -------------------------------------------------------------------------------------------------------
+
+    async def _inject_pod(self, fault: Fault) -> None:
+        slot = self._slots[fault.target]
+        if fault.kind == "pod_delete" and "interval_s" not in fault.params and not slot.running:
+            raise Refused(409, f"{fault.target} is not running: there is nothing to delete")
+        if fault.kind == "pod_failure":
+            slot.hold(fault.hold_key)
+        await self._kill(fault, slot)
+        if fault.kind == "pod_failure" and slot.running:
+            raise Refused(503, f"{fault.target} is still running after {fault.params.get('signal', 'SIGKILL')}")
+        loop = asyncio.get_running_loop()
+        fault.tasks.append(loop.create_task(self._expire(fault)))
+        if "interval_s" in fault.params:
+            fault.tasks.append(loop.create_task(self._kill_again(fault, slot)))
+
+    async def _kill(self, fault: Fault, slot: Slot) -> None:
+        pid = await slot.kill(fault.lease_id, fault.params.get("signal", "SIGKILL"))
+        if pid is not None:
+            fault.killed.append(pid)
+        if pid is not None or not slot.running:
+            self._log_effect(fault, time.monotonic())
+
+    async def _kill_again(self, fault: Fault, slot: Slot) -> None:
+        while True:
+            await asyncio.sleep(fault.params["interval_s"])
+            await self._kill(fault, slot)
+
+    async def _expire(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.remaining_s)
+        async with self.lock:
+            if self._faults.pop(fault.key, None) is None:
+                return
+            self._truth.write("fault_expired", fault.target, None, fault.lease_id, kind=fault.kind)
+            await self._clear(fault)
+
+    def _seen_pod(self, fault: Fault) -> dict[str, Any]:
+        slot = self._slots.get(fault.target)
+        gone = [pid for pid in fault.killed if not _same_process_lives(slot, pid)]
+        evidence = [f"{fault.target} pid {pid} is gone" for pid in gone[-3:]]
+        if len(gone) > 3:
+            evidence.insert(0, f"{len(gone)} processes of {fault.target} were killed")
+        effective = bool(gone)
+        if fault.kind == "pod_failure":
+            down = slot is None or not slot.running
+            effective = down
+            evidence.append(f"{fault.target} is held down" if down else f"{fault.target} is RUNNING though held")
+        return fault.to_dict(effective=effective, evidence=evidence, killed_pids=list(fault.killed))
+
+    # -- network ----------------------------------------------------------------------------------------------------
+
+    async def _inject_network(self, fault: Fault) -> None:
+        slot = self._slots[proxy_of(fault.target)]
+        if not slot.running or slot.port is None:
+            raise Refused(503, f"{slot.name} is not running; try again")
+        try:
+            await self._post_rule(slot, fault)
+        except _UNANSWERED as error:
+            raise Refused(503, f"{slot.name} did not confirm the rule ({type(error).__name__}); it was taken back") from error
+
+    async def _post_rule(self, slot: Slot, fault: Fault) -> None:
+        rule = {
+            "lease_id": fault.lease_id,
+            "token": fault.token,
+            "link": fault.target,
+            "kind": fault.kind,
+            "params": fault.params,
+            "deadline": fault.deadline,
+        }
+        status, answer = await self._call(slot, "POST", "/rules", rule, _CALL_S)
+        if status != 200:
+            raise Refused(503 if status == 404 else status, f"{slot.name}: {answer.get('error', status)}")
+
+    async def _clear(self, fault: Fault) -> None:
+        """Undo one fault at its target; the book no longer has it."""
+        current = asyncio.current_task()
+        for task in fault.tasks:
+            if task is not current:
+                task.cancel()
+        if fault.kind in NETWORK_KINDS:
+            slot = self._slots.get(proxy_of(fault.target))
+            if slot is not None and not any(other.lease_id == fault.lease_id for other in self._faults.values()):
+                await self._clear_proxy(slot, fault.lease_id)
+        elif (slot := self._slots.get(fault.target)) is not None and slot.release(fault.hold_key):
+            self._truth.write("released", fault.target, None, fault.lease_id)
+
+    async def _clear_proxy(self, slot: Slot, lease: str) -> None:
+        if not slot.running or slot.port is None:
+            return  # rules are set only after a proxy has reported its port
+        try:
+            status, _ = await self._call(slot, "DELETE", f"/rules/{lease}", None, _CALL_S)
+            if status == 200:
+                return
+        except _UNANSWERED:
+            pass
+        # Not confirmed is not removed. Its rules die with it, and it comes back with those that are still meant.
+        self._truth.write("proxy_unresponsive", slot.name, slot.pid, lease)
+        await slot.kill(lease)
+
+    async def _ask_proxies(self) -> tuple[dict[tuple[str, str, str], dict[str, Any]], set[str]]:
+        rules: dict[tuple[str, str, str], dict[str, Any]] = {}
+        unanswered: set[str] = set()
+
+        async def ask(slot: Slot) -> None:
+            pid = slot.pid or 0
+            try:
+                after = self._seen_expiries.get(pid, 0)
+                _, answer = await self._call(slot, "GET", f"/rules?after={after}", None, _CALL_S / 2)
+            except _UNANSWERED:
+                if slot.running:
+                    unanswered.add(slot.name)
+                return
+            for rule in answer["rules"]:
+                rules[(rule["lease_id"], rule["link"], rule["kind"])] = rule
+            for event in answer["expired"]:
+                if event["number"] > self._seen_expiries.get(pid, 0):
+                    self._seen_expiries[pid] = event["number"]
+                    self._expired(event)
+
+        slots = [slot for slot in self._slots.values() if slot.role == "proxy" and slot.running and slot.port is not None]
+        await asyncio.gather(*(ask(slot) for slot in slots))
+        return rules, unanswered
+
+    def _expired(self, event: dict[str, Any]) -> None:
+        fault = self._faults.pop((event["lease_id"], event["link"], event["kind"]), None)
+        if fault is not None:
+            self._log_effect(fault, event["first_effect"])
+        moment = {"at": event["at"], "mono": event["mono"]}
+        self._truth.write("fault_expired", event["link"], None, event["lease_id"], kind=event["kind"], **moment)
+
+    def _seen_network(
+        self, fault: Fault, rule: dict[str, Any] | None, unanswered: set[str]
+    ) -> dict[str, Any] | None:
+        proxy = proxy_of(fault.target)
+        if rule is not None:
+            self._log_effect(fault, rule["first_effect"])
+            evidence = [_rule_line(rule)]
+            return fault.to_dict(effective=bool(rule["first_effect"]), evidence=evidence, counters=rule["counters"])
+        if proxy in unanswered:
+            return fault.to_dict(effective=False, evidence=[f"{proxy} does not answer: nobody knows"])
+        if fault.remaining_s <= 0:
+            return None
+        return fault.to_dict(effective=False, evidence=[f"{proxy} was restarted and gets the rule back once it is up"])
+
+    def _log_effect(self, fault: Fault, mono: float | None) -> None:
+        if mono is not None and not fault.effective_logged:
+            fault.effective_logged = True
+            at = time.time() - (time.monotonic() - mono)
+            self._truth.write("fault_effective", fault.target, None, fault.lease_id, kind=fault.kind, at=at, mono=mono)
+
+    # -- tombstones -------------------------------------------------------------------------------------------------
+
+    def _load_tombstones(self) -> set[str]:
+        try:
+            lines = self._tombstone_path.read_text().splitlines()
+        except OSError:
+            return set()
+        buried: set[str] = set()
+        for line in lines:
+            try:
+                buried.add(json.loads(line)["lease_id"])
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line from a crash
+        return buried
+
+    def _bury(self, lease: str) -> None:
+        if lease in self._tombstones:
+            return
+        self._tombstones.add(lease)
+        line = json.dumps({"lease_id": lease, "at": time.time()}) + "\n"
+        try:
+            file = os.open(self._tombstone_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(file, line.encode())
+            finally:
+                os.close(file)
+        except OSError:
+            pass  # memory suffices while this supervisor lives
+
+
+def _rule_line(rule: dict[str, Any]) -> str:
+    done = ", ".join(f"{what} {count}" for what, count in rule["counters"].items() if count)
+    return f"proxy {rule['link']}: {rule['kind']} in force; chunks: {done or 'none touched yet'}"
+
+
+def _same_process_lives(slot: Slot | None, pid: int) -> bool:
+    """True when that very pid is still this slot's process (the slot reaped all others itself)."""
+    if slot is None or slot.pid != pid or not slot.running:
+        return False
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
