@@ -1,0 +1,175 @@
+"""Guards: what must be true before anything is injected. Unknown is never safe.
+
+A guard returns what it saw and what would let the run through; one that crashes refuses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlchaos_dagster.domain.record import GuardResult
+from mlchaos_dagster.domain.units import show_percent
+
+if TYPE_CHECKING:
+    from mlchaos_dagster.engine.run import Run
+
+WATCHER_START_S = 10.0
+"""How long the watchdog process may take to beat for the first time; a loaded machine starts Python slowly."""
+
+
+def ledger_clean(run: Run) -> GuardResult:
+    """No lease file is unreadable: an unknown fault may be live behind it."""
+    broken = run.kit.ledger.unreadable()
+    return GuardResult(
+        name="ledger readable",
+        passed=not broken,
+        saw="every lease can be read" if not broken else f"unreadable: {', '.join(broken)}",
+        needs="" if not broken else "`mlchaos recover` (it takes the fault behind an unreadable lease away first)",
+    )
+
+
+def lever_released(run: Run) -> GuardResult:
+    """Nobody pulled the lever, and no stop was asked for this run."""
+    asked = run.watch.stop_asked(run.watch.now)
+    return GuardResult(
+        name="lever released",
+        passed=asked is None,
+        saw="no stop requested" if asked is None else asked.reason,
+        needs="" if asked is None else "`mlchaos stop --release` once it is safe",
+    )
+
+
+def gate_open(run: Run) -> GuardResult:
+    """The error-budget sensor has not closed this environment's gate."""
+    closed = read_gate(run.kit.gate)
+    return GuardResult(
+        name="gate open",
+        passed=closed is None,
+        saw="open" if closed is None else f"closed: {closed}",
+        needs="" if closed is None else "the error budget back above its limit (the sensor opens the gate again)",
+    )
+
+
+def read_gate(path: Path) -> str | None:
+    """Why the gate is closed, or None. An unreadable gate is closed."""
+    try:
+        state = json.loads(path.read_text())
+        return str(state.get("reason") or "no reason given") if state.get("closed") else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as e:
+        return f"the gate file cannot be read ({e})"
+
+
+def no_freeze(run: Run) -> GuardResult:
+    """No freeze window covers now, nor the planned end of the run."""
+    now = run.kit.clock.wall()
+    begin, end = (datetime.fromtimestamp(t, timezone.utc) for t in (now, now + run.longest_s))
+    for freeze in run.environment.freezes:
+        if freeze.start < end and begin < freeze.end:
+            return GuardResult(
+                name="no freeze",
+                passed=False,
+                saw=f"frozen until {freeze.end.isoformat()}: {freeze.reason}",
+                needs=f"a start after {freeze.end.isoformat()}",
+            )
+    return GuardResult(name="no freeze", passed=True, saw="no freeze window")
+
+
+def target_resolved(run: Run) -> GuardResult:
+    """The selector matches, and the blast radius fits what exists."""
+    target = run.environment.targets[run.experiment.target]
+    existing = run.kit.driver.resolve(target)
+    try:
+        run.freeze_targets(existing)
+    except ValueError as e:
+        return GuardResult(
+            name="blast radius",
+            passed=False,
+            saw=f"{target.select} matches {len(existing)}: {e}",
+            needs="a selector or blast radius that fits what exists",
+        )
+    share = len(run.targets) / len(existing)
+    passed = share <= run.environment.limits.max_fraction + 1e-9
+    limit = show_percent(run.environment.limits.max_fraction, 0)
+    return GuardResult(
+        name="blast radius",
+        passed=passed,
+        saw=f"{', '.join(run.targets)} ({len(run.targets)} of {len(existing)})",
+        needs="" if passed else f"at most {limit} of a target (limits.max_fraction)",
+    )
+
+
+def target_free(run: Run) -> GuardResult:
+    """No open lease holds one of our targets. (The ledger checks again, under its mutex, when the lease is written.)"""
+    for lease in run.kit.ledger.leases():
+        shared = set(lease.targets) & set(run.targets)
+        if shared:
+            return GuardResult(
+                name="target free",
+                passed=False,
+                saw=f"{', '.join(sorted(shared))} held by {lease.experiment} (run {lease.run_id[:8]}, lease {lease.id})",
+                needs="that run to end, or `mlchaos recover` when its owner is gone",
+            )
+    return GuardResult(name="target free", passed=True, saw="no open lease on it")
+
+
+def watcher_alive(run: Run) -> GuardResult:
+    """The watchdog process beats."""
+    clock = run.kit.clock
+    watcher = run.start_watcher()
+    end = clock.monotonic() + WATCHER_START_S
+    while not (alive := watcher.alive()) and clock.monotonic() < end:
+        clock.sleep(0.02)
+    return GuardResult(
+        name="watcher alive",
+        passed=alive,
+        saw="its heart beats" if alive else f"no heartbeat within {WATCHER_START_S:g} s",
+        needs="" if alive else "a watchdog process that can start (see its log in the ledger directory)",
+    )
+
+
+def budget_left(run: Run) -> GuardResult:
+    """Enough error budget is left."""
+    if run.kit.budget is None:
+        return GuardResult(name="error budget", passed=True, saw="none declared for this environment")
+    budget = run.kit.budget()
+    limit = run.environment.limits.budget_at_least
+    passed = budget.remaining >= limit
+    return GuardResult(
+        name="error budget",
+        passed=passed,
+        saw=f"{show_percent(budget.remaining, 0)} left ({budget.detail})",
+        needs="" if passed else f"at least {show_percent(limit, 0)} left (limits.budget_at_least)",
+    )
+
+
+def healthy(run: Run) -> GuardResult:
+    """The system health score reaches the threshold (R4-03)."""
+    health = run.kit.health()
+    limit = run.environment.limits.health_at_least
+    passed = health.score >= limit
+    return GuardResult(
+        name="health",
+        passed=passed,
+        saw=f"{health.score:.2f} {'≥' if passed else '<'} {limit:.2f} ({health.detail})",
+        needs="" if passed else f"a health score of at least {limit:.2f} (--safety-threshold, limits.health_at_least)",
+    )
+
+
+GUARDS: tuple[Callable[[Run], GuardResult], ...] = (
+    lever_released,
+    gate_open,
+    no_freeze,
+    ledger_clean,
+    target_resolved,
+    target_free,
+    watcher_alive,
+    budget_left,
+    healthy,
+)
+"""Cheap and decisive ones first; the first that refuses ends the check."""

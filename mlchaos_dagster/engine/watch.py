@@ -1,0 +1,253 @@
+"""The watch loop: samples in, and at every look the question whether the fault must go now.
+
+Owns the sliding SLIs, the abort conditions, blindness, and people's stop requests. Knows nothing of
+how a fault is made or taken away.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.record import AbortFacts, RequestSample, SignalSample, Span
+from mlchaos_dagster.domain.spec import AbortCondition
+from mlchaos_dagster.domain.units import show_value
+from mlchaos_dagster.engine.ports import Clock, RequestSource, SignalSource, StopSource, Watcher
+from mlchaos_dagster.judgement.census import measure
+from mlchaos_dagster.judgement.measures import requests_of, signal_name
+
+FEWEST = 5
+"""Requests a sliding window needs before a condition is judged on it: one lost request of one is no 100 %."""
+SLOW_TICK_S = 0.5
+"""How often progress is told; people read no faster."""
+
+
+@dataclass
+class Tracker:
+    """One abort condition and since when it has been crossed."""
+
+    condition: AbortCondition
+    since: float | None = None
+
+    def look(self, t: float, value: float | None) -> bool:
+        """Note one reading; True when the limit has been crossed long enough."""
+        if value is None:
+            return self.since is not None and t - self.since >= self.condition.for_s
+        if not self.condition.crossed_by(value):
+            self.since = None
+            return False
+        if self.since is None:
+            self.since = t
+        return t - self.since >= self.condition.for_s
+
+
+class Live:
+    """SLIs over the last `width_s` seconds, from what has been answered so far."""
+
+    def __init__(self, environment: Environment, width_s: float) -> None:
+        self.environment = environment
+        self.width_s = width_s
+        self.requests: deque[RequestSample] = deque()
+        self.signals: dict[str, float] = {}
+
+    def add(self, requests: Sequence[RequestSample], signals: Sequence[SignalSample]) -> None:
+        """New measurements. Requests sent too late say more of the probe than of the target."""
+        late = self.environment.sampling.max_lateness
+        self.requests.extend(r for r in requests if r.sent_s - r.due_s <= late)
+        for s in signals:
+            self.signals[s.name] = s.value
+
+    def values(self, t: float) -> dict[str, float | None]:
+        """Every SLI now; None where there is too little to say."""
+        while self.requests and self.requests[0].done_s < t - self.width_s:
+            self.requests.popleft()
+        recent = requests_of(self.requests)
+        values: dict[str, float | None] = {}
+        for name, sli in self.environment.slis.items():
+            if sli.measure is not None:
+                values[name] = measure(sli.measure, recent) if len(recent) >= FEWEST else None
+            else:
+                values[name] = self.signals.get(signal_name(name, sli))
+        return values
+
+
+class Watch:
+    """Pumps the sources of one run and decides, at every look, whether to go on."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        clock: Clock,
+        requests: RequestSource,
+        signals: SignalSource,
+        stops: Sequence[StopSource],
+        tell: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self.environment, self.clock = environment, clock
+        self.request_source, self.signal_source, self.stops, self.tell = requests, signals, stops, tell
+        self.zero = clock.monotonic()
+        self.requests: list[RequestSample] = []
+        self.signals: list[SignalSample] = []
+        self.gaps: list[Span] = []
+        self.live = Live(environment, environment.sampling.window)
+        self._last_seen = 0.0
+        self._last_told = -1.0
+        self.running = False
+
+    @property
+    def now(self) -> float:
+        """Seconds on the run's clock."""
+        return self.clock.monotonic() - self.zero
+
+    def start(self) -> None:
+        """Start the sources. Raises ProbeError."""
+        self.running = True
+        self.request_source.start(self.zero)
+        self.signal_source.start(self.zero)
+        self._last_seen = self.now
+
+    def stop(self) -> None:
+        """Stop the sources and keep what they still had. Idempotent."""
+        if not self.running:
+            return
+        self.running = False
+        self._keep(self.request_source.stop(), self.signal_source.stop())
+        self.requests.sort(key=lambda r: r.due_s)
+        self.signals.sort(key=lambda s: s.t)
+
+    def pump(self) -> float:
+        """Take in what was measured since the last look; returns now."""
+        if self.running:
+            self._keep(self.request_source.drain(), self.signal_source.drain())
+        return self.now
+
+    def _keep(self, requests: list[RequestSample], signals: list[SignalSample]) -> None:
+        self.requests += requests
+        self.signals += signals
+        self.live.add(requests, signals)
+        on_time = self.environment.sampling.max_lateness
+        seen = max((r.done_s for r in requests if r.status > -2 and r.sent_s - r.due_s <= on_time), default=None)
+        if seen is not None:
+            if seen - self._last_seen > self.environment.sampling.blind_for:
+                self.gaps.append(Span(start=self._last_seen, end=seen))
+            self._last_seen = max(self._last_seen, seen)
+
+    def stop_asked(self, t: float) -> AbortFacts | None:
+        """Somebody's word, if it was given."""
+        for source in self.stops:
+            asked = source.requested()
+            if asked is not None:
+                return AbortFacts(cause=asked[0], reason=asked[1], breach_at=t)  # type: ignore[arg-type]
+        return None
+
+    def blind(self, t: float) -> AbortFacts | None:
+        """No measurement for too long."""
+        missing = t - self._last_seen
+        if missing <= self.environment.sampling.blind_for:
+            return None
+        self.gaps.append(Span(start=self._last_seen, end=t))
+        return AbortFacts(
+            cause="blind",
+            reason=f"no request of the probe was answered or timed out for {missing:.1f} s "
+            f"(blind_for {self.environment.sampling.blind_for:g} s)",
+            first_bad_at=self._last_seen,
+            breach_at=t,
+        )
+
+    def limits(self, t: float, trackers: Sequence[Tracker], values: dict[str, float | None]) -> AbortFacts | None:
+        """The first abort condition that has been crossed for its time."""
+        for tracker in trackers:
+            condition = tracker.condition
+            if tracker.look(t, values.get(condition.sli)):
+                side = "above" if condition.above is not None else "below"
+                now = values.get(condition.sli)
+                return AbortFacts(
+                    cause="limit",
+                    reason=f"{condition.sli} {side} {show_value(condition.limit.value, condition.limit.unit)} for "
+                    f"{condition.for_s:g} s (now {show_value(now, condition.limit.unit)})",
+                    first_bad_at=tracker.since,
+                    breach_at=t,
+                )
+        return None
+
+    def until(
+        self,
+        end: float,
+        phase: str,
+        *,
+        trackers: Sequence[Tracker] = (),
+        each: Callable[[float], AbortFacts | bool | None] | None = None,
+        watcher: Watcher | None = None,
+        start: float | None = None,
+    ) -> AbortFacts | None:
+        """Look every `sampling.interval` until `end`; returns why to stop early, or None.
+
+        `each(t)` runs at every look: an AbortFacts aborts, True ends the phase early as wished.
+        """
+        begun = self.now if start is None else start
+        while True:
+            t = self.pump()
+            values = self.live.values(t)
+            abort = (
+                self.stop_asked(t)
+                or (watcher is not None and not watcher.alive() and _watcher_lost(t))
+                or self.limits(t, trackers, values)
+                or self.blind(t)
+                or None
+            )
+            if abort:
+                return abort
+            if each is not None:
+                said = each(t)
+                if isinstance(said, AbortFacts):
+                    return said
+                if said:
+                    return None
+            if t - self._last_told >= SLOW_TICK_S:
+                self._last_told = t
+                self._tick(phase, t, begun, end, values, trackers)
+            if t >= end:
+                return None
+            self.clock.sleep(min(self.environment.sampling.interval, end - t))
+
+    def _tick(
+        self,
+        phase: str,
+        t: float,
+        begun: float,
+        end: float,
+        values: dict[str, float | None],
+        trackers: Sequence[Tracker],
+    ) -> None:
+        aborts = [
+            {
+                "sli": k.condition.sli,
+                "limit": k.condition.limit.value,
+                "unit": k.condition.limit.unit,
+                "side": "above" if k.condition.above is not None else "below",
+                "for": k.condition.for_s,
+                "since": k.since,
+                "now": values.get(k.condition.sli),
+            }
+            for k in trackers
+        ]
+        self.tell(
+            "tick",
+            {
+                "phase": phase,
+                "t": t,
+                "elapsed": t - begun,
+                "planned": end - begun,
+                "slis": values,
+                "signals": dict(self.live.signals),
+                "abort": aborts,
+                "requests": len(self.requests),
+            },
+        )
+
+
+def _watcher_lost(t: float) -> AbortFacts:
+    return AbortFacts(cause="watcher", reason="the watchdog's heartbeat was lost", breach_at=t)

@@ -1,0 +1,337 @@
+"""The fault window: the only place where a fault is made, and the place where it is taken away.
+
+    lease written ─ inject ─ confirm ─ watch ─┐
+                                              ├─ recover ─ read back ─ close the lease ─ sample the recovery
+    anything at all goes wrong ───────────────┘
+
+Signals are deferred by the caller (`Run.fault_window`), so nothing is raised between `inject` and the
+proof of clean; the stop request is seen at the next look. Three rings stand behind this `finally`:
+the backend's own deadline, the watchdog process, and the sweeper.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Samples, Span
+from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.watch import Tracker
+from mlchaos_dagster.errors import DriverError, LeaseRefused, MlChaosError, StoreError
+from mlchaos_dagster.judgement.measures import Phase, steady
+
+if TYPE_CHECKING:
+    from mlchaos_dagster.engine.run import Run
+
+RENEW_EVERY_S = 0.5
+"""A tenth of the default time to live: one slow look does not lose the lease."""
+MOMENTARY = frozenset({"pod_delete"})
+"""Faults that are over when they fired; the others must still be there when the window ends."""
+
+
+def open_fault_window(run: Run) -> None:
+    """Run the window of `run` and leave its facts there. Never raises for aborts or backend errors.
+
+    On failure: the fault is taken away, or `run.clean.proven` is False and the lease stays open for
+    the watchdog and the sweeper.
+    """
+    lease = _write_lease(run)
+    if lease is None:
+        return
+    _note_fault(run, lease)
+    try:
+        _inject_and_watch(run, lease)
+    except LeaseRefused as e:
+        run.abort = run.abort or _abort(run, "fenced", str(e))
+    except StoreError as e:
+        run.abort = run.abort or _abort(run, "error", f"the ledger cannot be written: {e}")
+    except MlChaosError as e:
+        run.abort = run.abort or _abort(run, "error", str(e))
+    except BaseException as e:
+        # A bug of ours, or an interrupt that got past the deferral: the fault goes first, then it is told.
+        run.error = run.error or f"{type(e).__name__}: {e}"
+        raise
+    finally:
+        _take_away(run, lease)
+    if run.abort is not None:
+        clean_at = run.moment_of("proven_clean")
+        run.abort = run.abort.model_copy(update={"clean_at": clean_at})
+        run.incident(
+            "abort",
+            run.abort.reason,
+            cause=run.abort.cause,
+            breach_to_clean_s=None if run.abort.seconds is None else round(run.abort.seconds, 3),
+        )
+    _sample_recovery(run)
+
+
+def _write_lease(run: Run) -> Lease | None:
+    kit, environment = run.kit, run.environment
+    kind, params = run.experiment.fault.kind, run.experiment.fault.params()
+    lifetime = run.window_s + environment.safety.confirm_within + environment.safety.deadline_grace
+    try:
+        lease = Lease(
+            # Unique over processes and reruns with one seed: it must never meet an earlier lease's tombstone.
+            id=f"mlchaos-{run.experiment.name[:30]}-{uuid.uuid4().hex[:10]}",
+            run_id=run.run_id,
+            experiment=run.experiment.name,
+            environment=environment.name,
+            driver=kit.driver.name,
+            kind=kind,
+            targets=run.targets,
+            params=params,
+            undo=kit.driver.undo(kind, run.targets, params),
+            duration_s=lifetime,
+            opened_wall=kit.clock.wall(),
+            deadline_wall=kit.clock.wall() + lifetime,
+            owner=kit.owner,
+        )
+        return kit.ledger.open(lease)
+    except LeaseRefused as e:
+        run.refuse("target free", str(e))
+    except StoreError as e:
+        run.refuse("ledger writable", str(e))
+    except DriverError as e:
+        run.refuse("backend reachable", str(e))
+    return None
+
+
+def _note_fault(run: Run, lease: Lease) -> None:
+    run.fault = FaultFacts(
+        kind=lease.kind,
+        backend=lease.driver,
+        targets=lease.targets,
+        existing=len(run.existing),
+        params={k: v for k, v in lease.params.items() if v is not None},
+        lease_id=lease.id,
+        token=lease.token,
+    )
+
+
+def _inject_and_watch(run: Run, lease: Lease) -> None:
+    kit = run.kit
+    run.tell("phase", {"name": "fault", "seconds": run.window_s, "targets": lease.targets, "kind": lease.kind})
+    renew = Renewal(run, lease)
+    run.mark("inject_requested")
+    start = run.watch.now
+    run.window = Span(start=start, end=start)
+    kit.ledger.check(lease)
+    if not run.shadow:
+        kit.driver.inject(lease)
+    injected = run.mark("injected", "shadow: nothing was injected" if run.shadow else "")
+    # The census of the window starts when the fault is in place, not when it was asked for.
+    run.window = Span(start=injected, end=injected)
+    confirm = Confirmation(run, lease)
+    trackers = [Tracker(c) for c in (*run.environment.limits.abort, *run.experiment.abort)]
+
+    def each(t: float) -> AbortFacts | None:
+        renew.look(t)
+        return confirm.look(t)
+
+    end = injected + run.window_s
+    run.abort = run.watch.until(
+        end, "fault", trackers=trackers, each=each, watcher=run.watcher, start=injected
+    )
+    if run.abort is not None:
+        _mark_breach(run, run.abort)
+    else:
+        run.mark("window_ended")
+        if not run.shadow:
+            confirm.still_there()
+
+
+class Renewal:
+    """Shows the watchdog that the owner lives. Called by the loop itself: a hung loop must look hung."""
+
+    def __init__(self, run: Run, lease: Lease) -> None:
+        self.run, self.lease, self.last = run, lease, -RENEW_EVERY_S
+
+    def look(self, t: float) -> None:
+        """Renew when it is time. Raises LeaseRefused (fenced) or StoreError."""
+        if t - self.last >= RENEW_EVERY_S:
+            self.last = t
+            self.run.kit.ledger.renew(self.lease)
+
+
+class Confirmation:
+    """Asks the target, beside the loop, until the fault's effect is seen."""
+
+    def __init__(self, run: Run, lease: Lease) -> None:
+        self.run, self.lease = run, lease
+        self.until = run.watch.now + run.environment.safety.confirm_within
+        self.poll: Callable[[], tuple[bool, Any]] | None = None
+        self.over = run.shadow
+
+    def look(self, t: float) -> None:
+        """One look; starts the next read of the target when the last one is back."""
+        if self.over:
+            return
+        if self.poll is None:
+            read = self._read
+            background = self.run.kit.background
+            self.poll = background(read) if background else _now(read)
+        done, result = self.poll()
+        if not done:
+            return
+        self.poll = None
+        if isinstance(result, Evidence):
+            if result.effective:
+                self.over = True
+                self._keep(True, result)
+                self.run.mark("confirmed", result.lines[0] if result.lines else "")
+                return
+            self._keep(False, result)
+        if t > self.until:
+            self.over = True
+
+    def _read(self) -> Evidence:
+        return self.run.kit.driver.active(self.lease)
+
+    def _keep(self, confirmed: bool, evidence: Evidence) -> None:
+        assert self.run.fault is not None
+        self.run.fault = self.run.fault.model_copy(update={"confirmed": confirmed, "evidence": evidence.lines})
+
+    def still_there(self) -> None:
+        """At the end of a full window: a fault that vanished early did not test the window."""
+        assert self.run.fault is not None
+        if self.lease.kind in MOMENTARY or not self.run.fault.confirmed:
+            return
+        try:
+            evidence = self.run.kit.driver.active(self.lease)
+        except DriverError as e:
+            self._keep(False, Evidence(present=False, effective=False, lines=(f"at the window's end: {e}",)))
+            return
+        if not evidence.present:
+            self._keep(
+                False,
+                Evidence(
+                    present=False, effective=False, lines=("the fault was gone before the window ended", *evidence.lines)
+                ),
+            )
+
+
+def _now(read: Callable[[], Any]) -> Callable[[], tuple[bool, Any]]:
+    """A background that reads at once: for simulations."""
+
+    def poll() -> tuple[bool, Any]:
+        try:
+            return True, read()
+        except DriverError as e:
+            return True, e
+
+    return poll
+
+
+def _mark_breach(run: Run, abort: AbortFacts) -> None:
+    if abort.first_bad_at is not None:
+        run.mark("first_bad", t=abort.first_bad_at)
+    run.mark("breach" if abort.cause in ("limit", "blind") else "stop_requested", abort.reason, t=abort.breach_at)
+
+
+def _abort(run: Run, cause: Any, reason: str) -> AbortFacts:
+    abort = AbortFacts(cause=cause, reason=reason, breach_at=run.watch.now)
+    _mark_breach(run, abort)
+    return abort
+
+
+def _take_away(run: Run, lease: Lease) -> None:
+    """Recover until the target itself says that nothing is left; bounded by `recover_timeout`."""
+    kit = run.kit
+    requested = run.mark("recover_requested")
+    if run.window is not None:
+        run.window = Span(start=run.window.start, end=max(requested, run.window.start))
+    run.tell("phase", {"name": "recovery", "seconds": run.experiment.recovery.within})
+    end = kit.clock.monotonic() + run.environment.safety.recover_timeout
+    pause, said, evidence = 0.02, "", Evidence(present=True, effective=False)
+    while True:
+        try:
+            kit.driver.recover(lease)
+            evidence = kit.driver.active(lease)
+            said = "; ".join(evidence.lines)
+        except Exception as e:  # a crashing driver is one failed attempt, not the end of the recovery
+            said = str(e) if isinstance(e, DriverError) else f"{type(e).__name__}: {e}"
+        if not evidence.present:
+            break
+        if kit.clock.monotonic() >= end:
+            _unclean(run, lease, said)
+            return
+        run.watch.pump()
+        try:
+            kit.ledger.renew(lease)
+        except StoreError:
+            pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
+        kit.clock.sleep(pause)
+        pause = min(pause * 2, 0.5)
+    clean_at = run.mark("proven_clean")
+    lines = list(evidence.lines)
+    try:
+        kit.ledger.close(lease, evidence.lines)
+        lines.append(f"lease {lease.id} closed {run.watch.now - requested:.2f} s after recover")
+    except StoreError as e:
+        lines.append(f"lease {lease.id} is left for the sweeper: {e}")
+        run.incident("error", f"lease {lease.id} could not be closed: {e}")
+    run.clean = CleanFacts(proven=True, evidence=tuple(lines))
+    run.after = Span(start=clean_at, end=clean_at)
+
+
+def _unclean(run: Run, lease: Lease, said: str) -> None:
+    command = f"mlchaos recover {lease.id}"
+    run.clean = CleanFacts(proven=False, evidence=(said,), command=command)
+    run.incident("unclean", f"{lease.kind} on {', '.join(lease.targets)} may be live: {said}", lease=lease.id, command=command)
+
+
+def _sample_recovery(run: Run) -> None:
+    """Go on sampling until everything is steady again for the dwell time, or the observation's limit."""
+    if run.clean is None or not run.clean.proven or run.after is None:
+        return
+    sampling, recovery = run.environment.sampling, run.experiment.recovery
+    start = run.after.start
+    end = start + min(sampling.recovery_timeout, recovery.within + recovery.dwell + 1.0)
+    if run.abort is not None:
+        # Somebody wants out: look only long enough to show the way back.
+        end = min(end, start + 3 * recovery.dwell)
+    steadiness = Steadiness(run, start)
+    run.watch.until(end, "recovery", each=lambda t: steadiness.look(t) or _told_again(run), start=start)
+    run.after = Span(start=start, end=run.mark("observation_ended"))
+
+
+def _told_again(run: Run) -> bool:
+    """A stop request during the recovery sampling ends it; the fault is gone already."""
+    return run.abort is None and run.watch.stop_asked(run.watch.now) is not None
+
+
+class Steadiness:
+    """Whether the target is back, from what was due after the fault was proven gone."""
+
+    def __init__(self, run: Run, start: float) -> None:
+        self.run, self.start = run, start
+        self.before = _ready(run, run.baseline) if run.baseline else None
+        self.next_look = start
+
+    def look(self, t: float) -> bool:
+        """True once every objective held over the last dwell time and as many replicas are ready as before."""
+        dwell = self.run.experiment.recovery.dwell
+        # One request timeout behind: what was due just now may still be unanswered.
+        if t < self.next_look or t - self.start < dwell:
+            return False
+        self.next_look = t + 0.25
+        lag = min(self.run.environment.probe.timeout, 0.5)
+        span = Span(start=max(self.start, t - lag - dwell), end=t - lag)
+        # Requests still unanswered are missing from the samples; too many missing is not steady.
+        expected = int(0.9 * self.run.environment.probe.rate * dwell)
+        if span.length < dwell * 0.99:
+            return False
+        holds, _ = steady(self._phase(span), self.run.experiment.steady_state, minimum=max(1, expected))
+        ready = self.run.watch.live.signals.get("ready_replicas")
+        return holds is True and (self.before is None or ready is None or ready >= self.before)
+
+    def _phase(self, span: Span) -> Phase:
+        recent = [r for r in self.run.watch.requests[-20000:] if r.due_s >= span.start]
+        signals = [s for s in self.run.watch.signals[-5000:] if s.t >= span.start]
+        return Phase(Samples(recent, signals), self.run.environment, span)
+
+
+def _ready(run: Run, span: Span) -> float | None:
+    values = [v for t, v in run.samples.signal("ready_replicas") if span.start <= t <= span.end]
+    return max(values) if values else None
