@@ -21,9 +21,7 @@ class ProtocolError(Exception):
     """The peer does not speak HTTP/1.x."""
 
 
-def request_bytes(
-    method: str, target: str, host: str, headers: list[tuple[str, str]], body: bytes | None
-) -> bytes:
+def request_bytes(method: str, target: str, host: str, headers: list[tuple[str, str]], body: bytes | None) -> bytes:
     """The whole request. Headers given by the caller win over those added here."""
     given = {name.lower() for name, _ in headers}
     lines = [f"{method} {target} HTTP/1.1"]

@@ -5,8 +5,8 @@ standard library. It is a process, not a thread, because a thread shares the int
 Dagster and numpy; `benchmarks/probe.py` has the figures. `time.monotonic()` is one clock for all processes of a machine
 (Linux, macOS), so the readings need no translation.
 
-Protocol: standard input carries the configuration as one JSON line, later `stop`; its end means that the owner died, and ends this
-process at once. Standard output carries one JSON line `{"start_s": …}` and then batches
+Protocol: standard input carries the configuration as one JSON line, later `stop`; its end means that the owner died,
+and ends this process at once. Standard output carries one JSON line `{"start_s": …}` and then batches
 `[cpu_s, [[due_s, sent_s, done_s, status, ok, path, replica], …]]`.
 """
 
@@ -17,7 +17,6 @@ import errno
 import gc
 import ipaddress
 import json
-import math
 import os
 import select
 import selectors
@@ -143,7 +142,8 @@ class Generator:
 
         self.start = 0.0
         self.next_k = 0
-        self.in_flight: dict[int, _Request] = {}  # in the order sent; with one timeout for all also the order of deadlines
+        # In the order sent, which is also the order of deadlines, because one timeout holds for all.
+        self.in_flight: dict[int, _Request] = {}
         self.idle: list[_Connection] = []
         self.samples: list[list[Any]] = []
         self.out = bytearray()
@@ -213,10 +213,20 @@ class Generator:
     # -- connections ------------------------------------------------------------------------------------------
 
     async def _connect(self, request: _Request) -> None:
+        made: list[_Connection] = []
+
+        def make() -> _Connection:
+            made.append(_Connection(self))
+            return made[-1]
+
         try:
             _, connection = await self.loop.create_connection(
-                lambda: _Connection(self), self.host, self.port, ssl=self.tls, happy_eyeballs_delay=self.race_s
+                make, self.host, self.port, ssl=self.tls, happy_eyeballs_delay=self.race_s
             )
+        except asyncio.CancelledError:  # the deadline, perhaps in the moment between connected and told so
+            for connection in made:
+                connection.abort()
+            raise
         except (OSError, UnicodeError) as error:
             own = isinstance(error, OSError) and error.errno in _OWN_LIMITS
             self.finish(request, UNSENT if own else CONNECTION_ERROR)
@@ -352,7 +362,7 @@ class Generator:
 
 
 class _PreciseEpoll(selectors.EpollSelector if sys.platform == "linux" else selectors.DefaultSelector):
-    """epoll waits in whole milliseconds, which alone would make every request half a millisecond late; select does not."""
+    """Epoll waits in whole milliseconds and so makes requests half a millisecond late on average; select does not."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None or timeout <= 0 or sys.platform != "linux":
@@ -385,9 +395,15 @@ def _is_address(host: str) -> bool:
 
 def _exit(reason: str) -> None:
     """Leave at once: nothing here needs unwinding, and a hanging connection must not hold the process."""
-    if reason:
-        os.write(2, f"{reason}\n".encode())
+    _say(reason)
     os._exit(1 if reason else 0)
+
+
+def _say(text: str) -> None:
+    try:
+        os.write(2, text.encode("utf-8", "replace")[:500] + b"\n")
+    except OSError:  # the reader is dead, which is no reason to live on
+        pass
 
 
 def _raise_file_limit(wanted: int) -> int:
@@ -424,13 +440,14 @@ def main() -> None:
     allowed = _raise_file_limit(config["max_in_flight"] + spare)
     config["max_in_flight"] = max(1, min(config["max_in_flight"], allowed - spare))
     loop = asyncio.SelectorEventLoop(_PreciseEpoll())
-    noise = [math.inf]
+    complaints = 0
 
     def complain(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         # Bounded: nobody reads standard error while we run, and a full pipe would stop the schedule.
-        noise.append(0.0)
-        if len(noise) < 10:
-            os.write(2, f"{context.get('message')}: {context.get('exception')!r}"[:500].encode() + b"\n")
+        nonlocal complaints
+        complaints += 1
+        if complaints <= 10:
+            _say(f"{context.get('message')}: {context.get('exception')!r}")
 
     loop.set_exception_handler(complain)
     generator = Generator(config, loop, rest)

@@ -1,0 +1,61 @@
+"""Gauges read on a schedule, in a thread: what a platform says of itself beside the requests.
+
+Owns the rhythm; what is read is a function given by the wiring. A failed read is a gap, not an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from mlchaos_dagster.domain.record import SignalSample
+from mlchaos_dagster.errors import MlChaosError
+
+Read = Callable[[], Mapping[str, float]]
+
+
+class PolledSignals:
+    """Reads every `interval_s` until stopped; one thread per reader, so a slow one delays no other."""
+
+    def __init__(self, readers: Sequence[tuple[Read, float]], names: Sequence[str]) -> None:
+        self.readers, self.names = list(readers), frozenset(names)
+        self._lock = threading.Lock()
+        self._samples: list[SignalSample] = []
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, zero: float) -> None:
+        """Begin reading; times are `time.monotonic()` minus `zero`, taken when the answer arrived."""
+        for read, interval_s in self.readers:
+            thread = threading.Thread(target=self._loop, args=(read, interval_s, zero), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _loop(self, read: Read, interval_s: float, zero: float) -> None:
+        due = time.monotonic()
+        while not self._over.is_set():
+            try:
+                values = read()
+            except (MlChaosError, OSError, ValueError):
+                values = {}
+            at = time.monotonic() - zero
+            found = [SignalSample(at, n, float(v)) for n, v in values.items() if n in self.names]
+            with self._lock:
+                self._samples += found
+            # A read that took long does not make the next ones come in a burst.
+            due = max(due + interval_s, time.monotonic())
+            self._over.wait(due - time.monotonic())
+
+    def drain(self) -> list[SignalSample]:
+        """New readings since the last call."""
+        with self._lock:
+            taken, self._samples = self._samples, []
+        return taken
+
+    def stop(self) -> list[SignalSample]:
+        """Stop reading. A reader that hangs is left behind; it is a daemon thread."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(0.5)
+        return self.drain()
