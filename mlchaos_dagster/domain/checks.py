@@ -1,0 +1,130 @@
+"""What only an environment (or the other files) can tell about an experiment, in words and with places.
+
+A file can be well-formed and still ask for an SLI that nobody measures here; that is found before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.nodes import Path
+from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
+from mlchaos_dagster.domain.spec import Experiment, Quantity, Suite
+from mlchaos_dagster.domain.units import show_percent
+from mlchaos_dagster.errors import Problem
+
+
+def check_experiment(
+    experiment: Experiment, environment: Environment, parsed: Parsed[Experiment] | None = None
+) -> list[Problem]:
+    """Everything that keeps the experiment from running in the environment; empty when nothing does.
+
+    Args:
+        parsed: the parsed file, for `file:line:column`; without it problems name the experiment.
+    """
+    found = _Found(experiment, environment, parsed)
+    found.target()
+    found.fault()
+    found.blast_radius()
+    found.limits()
+    return sort_problems(found.problems)
+
+
+def check_suite(suite: Suite, experiments: Iterable[str], parsed: Parsed[Suite] | None = None) -> list[Problem]:
+    """Names in a suite that are no experiments, or are there twice."""
+    known, problems = sorted(experiments), list[Problem]()
+    for i, name in enumerate(suite.experiments):
+        what = ""
+        if name not in known:
+            what = unknown("experiment", name, known)
+        elif name in suite.experiments[:i]:
+            what = f'"{name}" is in the suite twice. Allowed: once.'
+        if what:
+            path: Path = ("experiments", i)
+            where = parsed.where(path) if parsed else suite.name
+            problems.append(Problem(where, f"{show_path(path)}: {what}"))
+    return problems
+
+
+class _Found:
+    def __init__(self, experiment: Experiment, environment: Environment, parsed: Parsed[Experiment] | None) -> None:
+        self.experiment, self.environment, self.parsed = experiment, environment, parsed
+        self.problems: list[Problem] = []
+
+    def add(self, path: Path, what: str) -> None:
+        where = self.parsed.where(path) if self.parsed else self.experiment.name
+        self.problems.append(Problem(where, one_line(f"{show_path(path)}: {what}")))
+
+    def target(self) -> None:
+        if self.experiment.target not in self.environment.targets:
+            self.add(("target",), self._here(unknown("target", self.experiment.target, self.environment.targets)))
+
+    def fault(self) -> None:
+        kind = self.experiment.fault.kind
+        if self.environment.backend_for(kind) is None:
+            served = [k for kinds in self.environment.backends.values() for k in kinds]
+            self.add(
+                ("fault", "kind"),
+                f"no backend of environment {self.environment.name} serves {kind}. Allowed: {', '.join(served)}.",
+            )
+
+    def blast_radius(self) -> None:
+        radius, limit = self.experiment.blast_radius, self.environment.limits.max_fraction
+        if radius.fraction is not None and radius.fraction > limit:
+            self.add(
+                ("blast_radius", "fraction"),
+                f"{show_percent(radius.fraction, 0)} is above limits.max_fraction of environment "
+                f"{self.environment.name}. Allowed: at most {show_percent(limit, 0)}.",
+            )
+        existing = self._known_targets()
+        if radius.count is not None and existing is not None and radius.count > existing:
+            self.add(
+                ("blast_radius", "count"),
+                f"{radius.count} is more than exists in environment {self.environment.name}. Allowed: 1 to {existing}.",
+            )
+
+    def _known_targets(self) -> int | None:
+        """How many targets a sandbox selector matches; None when only the backend can tell."""
+        sandbox, target = self.environment.sandbox, self.environment.targets.get(self.experiment.target)
+        if sandbox is None or target is None:
+            return None
+        replicas = [f"inference-{i}" for i in range(1, sandbox.replicas + 1)]
+        names = ["gateway", "feature-store", *replicas, "gateway->feature-store"]
+        names += [f"gateway->{replica}" for replica in replicas]
+        links = "->" in target.select
+        return sum(("->" in name) == links and fnmatchcase(name, target.select) for name in names) or None
+
+    def limits(self) -> None:
+        for i, slo in enumerate(self.experiment.steady_state):
+            self._limit(("steady_state", i), slo.sli, slo.side, slo.limit)
+        for i, condition in enumerate(self.experiment.abort):
+            self._limit(("abort", i), condition.sli, "above" if condition.above else "below", condition.limit)
+        for i, expected in enumerate(self.experiment.expect):
+            if expected.sli is not None:
+                self._sli(("expect", i, "sli"), expected.sli)
+            if expected.signal is not None and expected.signal not in self.environment.signals:
+                what = unknown("signal", expected.signal, self.environment.signals)
+                self.add(("expect", i, "signal"), self._here(what))
+
+    def _limit(self, path: Path, name: str, side: str, limit: Quantity) -> None:
+        if not self._sli((*path, "sli"), name):
+            return
+        expected = self.environment.slis[name].shown_unit
+        if limit.unit != expected:
+            allowed = {"ratio": "a percentage, such as 99%", "s": "a duration, such as 300ms", "": "a number, such as 2"}
+            given = {"ratio": "a percentage", "s": "a duration", "": f"{limit.value:g} without a unit"}
+            measured = {"ratio": "a ratio", "s": "a time", "": "a plain number"}
+            self.add(
+                (*path, side), f"{name} is {measured[expected]}, not {given[limit.unit]}. Allowed: {allowed[expected]}."
+            )
+
+    def _sli(self, path: Path, name: str) -> bool:
+        if name in self.environment.slis:
+            return True
+        self.add(path, self._here(unknown("SLI", name, self.environment.slis)))
+        return False
+
+    def _here(self, message: str) -> str:
+        return message.replace(" Allowed:", f" Allowed in {self.environment.name}:", 1)
