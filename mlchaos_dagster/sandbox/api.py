@@ -1,4 +1,4 @@
-"""Bring a sandbox up, look at it, take it down. Standard library at import (psutil when used): a fast CLI imports this."""
+"""Bring a sandbox up, look at it, take it down. Imports the standard library alone: the CLI must start fast."""
 
 from __future__ import annotations
 

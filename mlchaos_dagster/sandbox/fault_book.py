@@ -1,8 +1,8 @@
 """The supervisor's faults: injected on slots and proxies, ended by removal or deadline, seen at the target.
 
-What is present is asked of the processes each time; the book only remembers what was meant, so that a proxy that had to
-be restarted gets its still-valid rules back. Removal comes before everything: a lease once removed can never inject again,
-a proxy that does not confirm the removal is killed.
+What is present is asked of the processes each time; the book only remembers what was meant, so that a proxy that had
+to be restarted gets its still-valid rules back. Removal comes before everything: a lease once removed can never inject
+again, a proxy that does not confirm the removal is killed.
 """
 
 from __future__ import annotations
@@ -205,7 +205,9 @@ class FaultBook:
         try:
             await self._post_rule(slot, fault)
         except _UNANSWERED as error:
-            raise Refused(503, f"{slot.name} did not confirm the rule ({type(error).__name__}); it was taken back") from error
+            raise Refused(
+                503, f"{slot.name} did not confirm the rule ({type(error).__name__}); it was taken back"
+            ) from error
 
     async def _post_rule(self, slot: Slot, fault: Fault) -> None:
         rule = {
@@ -266,7 +268,9 @@ class FaultBook:
                     self._seen_expiries[pid] = event["number"]
                     self._expired(event)
 
-        slots = [slot for slot in self._slots.values() if slot.role == "proxy" and slot.running and slot.port is not None]
+        slots = [
+            slot for slot in self._slots.values() if slot.role == "proxy" and slot.running and slot.port is not None
+        ]
         await asyncio.gather(*(ask(slot) for slot in slots))
         return rules, unanswered
 
@@ -277,9 +281,7 @@ class FaultBook:
         moment = {"at": event["at"], "mono": event["mono"]}
         self._truth.write("fault_expired", event["link"], None, event["lease_id"], kind=event["kind"], **moment)
 
-    def _seen_network(
-        self, fault: Fault, rule: dict[str, Any] | None, unanswered: set[str]
-    ) -> dict[str, Any] | None:
+    def _seen_network(self, fault: Fault, rule: dict[str, Any] | None, unanswered: set[str]) -> dict[str, Any] | None:
         proxy = proxy_of(fault.target)
         if rule is not None:
             self._log_effect(fault, rule["first_effect"])

@@ -16,7 +16,12 @@ KINDS = POD_KINDS + NETWORK_KINDS
 
 _REQUIRED = {"network_latency": ("latency_ms",), "network_loss": ("fraction",)}
 _OPTIONAL = {"pod_delete": ("interval_s", "signal"), "pod_failure": ("signal",), "network_latency": ("jitter_ms",)}
-_RANGES = {"latency_ms": (0.0, 60_000.0), "jitter_ms": (0.0, 60_000.0), "fraction": (0.0, 1.0), "interval_s": (0.1, 3600.0)}
+_RANGES = {
+    "latency_ms": (0.0, 60_000.0),
+    "jitter_ms": (0.0, 60_000.0),
+    "fraction": (0.0, 1.0),
+    "interval_s": (0.1, 3600.0),
+}
 SIGNALS = ("SIGKILL", "SIGTERM")
 
 

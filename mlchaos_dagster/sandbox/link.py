@@ -2,10 +2,10 @@
 
 What a rule means here, where there are byte streams and no packets:
 
-- **latency**: every chunk waits ``latency_ms / 2`` (± ``jitter_ms / 2``, uniform) in each direction, so that a round trip
-  gains ``latency_ms`` ± ``jitter_ms``. Order is kept. The TCP handshake with the proxy itself is not delayed.
-- **loss**: bytes inside TCP are never lost to the application, they are late. A chunk is "lost" with probability
-  ``fraction`` and then waits a retransmission time-out of 200 ms, doubled for every further loss of the same chunk;
+- **latency**: every chunk waits ``latency_ms / 2`` (± ``jitter_ms / 2``, uniform) in each direction, so that a round
+  trip gains ``latency_ms`` ± ``jitter_ms``. Order is kept. The TCP handshake with the proxy itself is not delayed.
+- **loss**: bytes inside TCP are never lost to the application, they are late. A chunk is "lost" with
+  probability ``fraction`` and then waits a retransmission time-out of 200 ms, doubled for every further loss of the same chunk;
   after the fourth loss in a row the connection is reset. All that follows waits behind it (head of line).
 - **partition**: no byte passes, on old and on new connections (they are accepted by the kernel, then hear nothing). When
   the partition ends, every connection that lost bytes or never reached its upstream is reset.
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import struct
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -177,7 +179,10 @@ class Pipe:
         if sink is None or sink.is_closing():
             return
         if chunk is None:
-            sink.write_eof()
+            try:
+                sink.write_eof()
+            except OSError:
+                pass  # reset by its peer a moment ago; ``connection_lost`` is on its way
             self._connection.ended()
             return
         self.link.bytes_total += len(chunk)
@@ -300,7 +305,9 @@ class Connection:
         self.to_upstream.drop()
         self.to_client.drop()
         for end in (self.to_upstream.source, self.to_upstream.sink):
-            if end is not None:
+            if end is not None and not end.is_closing():
+                # Without this the kernel says goodbye politely (FIN) instead of resetting.
+                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.abort()
 
 

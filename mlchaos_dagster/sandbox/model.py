@@ -1,4 +1,4 @@
-"""The model that the inference replicas serve: trained once, deterministically; loaded only if it is the one expected."""
+"""The model that the replicas serve: trained once, deterministically; loaded only if it is the one expected."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A network fault proxy: links with traffic rules, and the HTTP face that sets them (token needed).
 
-Every rule carries its own deadline, kept by a timer in this very process: it ends though the supervisor, the watchdog and
-the run are all gone. A lease whose removal was asked for can never set a rule here again (tombstone), so a delayed or
+Every rule carries its own deadline, kept by a timer in this very process: it ends though the watchdog and the run are
+gone and the supervisor hangs. A lease whose removal was asked for can never set a rule here again (tombstone), so a delayed or
 repeated request does no harm.
 """
 

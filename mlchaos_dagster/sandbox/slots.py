@@ -208,9 +208,9 @@ class Slot:
         self._exited.set()
         self._changed()
 
-    def mark_ready(self, ready: bool, **moment: float) -> None:
+    def mark_ready(self, ready: bool, at: float | None = None, mono: float | None = None) -> None:
         """Note readiness, with the moment at which it changed."""
         if ready != self.ready:
             self.ready = ready
-            self._truth.write("ready" if ready else "unready", self.name, self.pid, **moment)
+            self._truth.write("ready" if ready else "unready", self.name, self.pid, at=at, mono=mono)
             self._changed()

@@ -29,7 +29,7 @@ from .config import MAX_REPLICAS, SandboxConfig
 from .fault_book import FaultBook, proxy_of
 from .faults import Refused
 from .lifeline import listen
-from .service import TOKEN_HEADER
+from .service import TOKEN_HEADER, Handler
 from .slots import Slot
 from .truth import TruthLog
 
@@ -64,8 +64,8 @@ class Supervisor:
         self._pushed: dict[str, tuple[int | None, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ring: deque[tuple[float, int, int]] = deque(maxlen=_RING_S + 60)
-        self._counted = [0, 0]
-        self._last = (0, 0, 0.0)
+        self._total = self._bad = 0
+        self._last = (0, 0, 0)
         self._scrape_lock = asyncio.Lock()
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -228,7 +228,8 @@ class Supervisor:
         }
         fresh = self._pushed.get(proxy, (None, ""))[0] != slot.pid
         content = {"links": wanted}
-        if (answer := await self._push(slot, "/links", content, json.dumps([w["upstream"] for w in wanted.values()]))) is None:
+        digest = json.dumps({link: spec["upstream"] for link, spec in wanted.items()})
+        if (answer := await self._push(slot, "/links", content, digest)) is None:
             return
         self.link_ports.update(answer["ports"])
         if fresh:
@@ -307,13 +308,13 @@ class Supervisor:
                 _, state = await self.call(slot, "GET", "/state", None, 0.5)
             except _UNANSWERED:
                 return
-            known_pid, total, bad = int(self._last[2]), *self._last[:2]
+            known_pid, total, bad = self._last
             if known_pid != pid:
                 total = bad = 0
-            self._counted[0] += state["requests_total"] - total
-            self._counted[1] += state["errors_total"] - bad
-            self._last = (state["requests_total"], state["errors_total"], pid)
-            self._ring.append((time.monotonic(), *self._counted))
+            self._total += state["requests_total"] - total
+            self._bad += state["errors_total"] - bad
+            self._last = (pid, state["requests_total"], state["errors_total"])
+            self._ring.append((time.monotonic(), self._total, self._bad))
 
     async def requests(self, window_s: float) -> dict[str, Any]:
         """Requests and bad ones (5xx) at the gateway in the last ``window_s`` seconds."""
@@ -360,6 +361,7 @@ class Supervisor:
             for slot, (ready, reason) in zip(slots, readiness, strict=True)
         ]
         complete = self._complete(processes)
+        links = {name: self.link_ports[name] for name in self.links() if name in self.link_ports}
         return {
             "directory": str(self.directory),
             "supervisor": {"pid": os.getpid(), "create_time": self._me.create_time(), "started_at": self.started_at},
@@ -370,7 +372,7 @@ class Supervisor:
             "mechanisms": dict(self.config.mechanisms),
             "model_sha256": self.model_sha256,
             "processes": processes,
-            "links": {n: {"port": p, "url": f"http://127.0.0.1:{p}"} for n, p in self.link_ports.items() if n in self.links()},
+            "links": {name: {"port": port, "url": f"http://127.0.0.1:{port}"} for name, port in links.items()},
             "faults": faults["faults"],
             "unanswered": faults["unanswered"],
         }
@@ -473,7 +475,7 @@ class Supervisor:
         return await handler(request)
 
 
-def _as_json(handler: Callable[[web.Request], Awaitable[Any]]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def _as_json(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:
     async def answer(request: web.Request) -> web.StreamResponse:
         try:
             return web.json_response(await handler(request))

@@ -1,0 +1,107 @@
+"""Sandbox tests use real processes and look at them from outside: sockets, pids and the clock, not the sandbox's word.
+
+One sandbox is shared by the session; tests leave it without faults. Tests that break or configure a whole sandbox start
+their own, with one replica where that is enough. Nothing is mocked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mlchaos_dagster.sandbox.api import SandboxClient, down, up
+
+leases = (f"lease-{number}" for number in itertools.count(1))
+
+
+class Answer(NamedTuple):
+    """One reply of the gateway as a caller sees it."""
+
+    status: int
+    path: str
+    replica: str | None
+    seconds: float
+
+
+class Platform:
+    """A sandbox under test."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.client = SandboxClient(directory)
+
+    def ask(self, entity: int = 7, timeout_s: float = 3.0) -> Answer:
+        """One prediction over a new connection."""
+        url = self.client.status()["gateway_url"]
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
+        began = time.perf_counter()
+        try:
+            connection.request("POST", "/predict", json.dumps({"entity_id": entity}))
+            response = connection.getresponse()
+            response.read()
+        finally:
+            connection.close()
+        path = response.headers["X-Answered-By"]
+        return Answer(response.status, path, response.headers["X-Replica"], time.perf_counter() - began)
+
+    def process(self, name: str) -> dict[str, Any]:
+        """One process's entry in the live status."""
+        return next(entry for entry in self.client.status()["processes"] if entry["name"] == name)
+
+    def inject(self, kind: str, target: str, deadline_s: float = 30.0, **params: Any) -> str:
+        """Inject under a fresh lease; return the lease id."""
+        lease = next(leases)
+        self.client.add_fault(
+            lease_id=lease, token=1, kind=kind, target=target, params=params, deadline_s=deadline_s
+        )
+        return lease
+
+    def wait_ready(self, bound_s: float = 20.0) -> None:
+        """Wait until every process is ready."""
+        eventually(lambda: self.client.status()["ready"], bound_s)
+
+    def truth(self) -> list[dict[str, Any]]:
+        """The truth log."""
+        return [json.loads(line) for line in (self.directory / "truth.jsonl").read_text().splitlines()]
+
+
+def eventually(condition: Callable[[], Any], bound_s: float = 5.0) -> Any:
+    """Poll until the condition holds; return its value, fail after ``bound_s`` seconds."""
+    end = time.monotonic() + bound_s
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {bound_s} s: {condition}")
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """One sandbox with all mechanisms on and two replicas."""
+    from mlchaos_dagster.sandbox.api import SandboxConfig
+
+    directory = tmp_path_factory.mktemp("sandbox")
+    try:
+        # Repeated kills of one replica must not make the later tests wait for its back-off.
+        up(directory, SandboxConfig(replicas=2, backoff_max_s=0.3, breaker_open_s=0.5))
+        yield Platform(directory)
+    finally:
+        evidence = down(directory)
+    assert evidence["clean"], evidence
+
+
+@pytest.fixture
+def platform(shared: Platform) -> Iterator[Platform]:
+    """The shared sandbox, whole before the test and without faults after it."""
+    shared.wait_ready()
+    yield shared
+    for fault in shared.client.faults():
+        shared.client.remove_fault(fault["lease_id"])
