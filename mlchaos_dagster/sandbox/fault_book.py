@@ -22,7 +22,8 @@ from .faults import NETWORK_KINDS, Fault, Refused, parse
 from .slots import Slot
 from .truth import TruthLog
 
-_CALL_S = 1.0
+_CALL_S = 0.6
+"""A proxy that has not confirmed by then is killed, so that two of them fit into the caller's two seconds."""
 _WATCH_S = 0.1
 
 ProxyCall = Callable[[Slot, str, str, Any, float], Awaitable[tuple[int, Any]]]

@@ -5,10 +5,10 @@ What a rule means here, where there are byte streams and no packets:
 - **latency**: every chunk waits ``latency_ms / 2`` (± ``jitter_ms / 2``, uniform) in each direction, so that a round
   trip gains ``latency_ms`` ± ``jitter_ms``. Order is kept. The TCP handshake with the proxy itself is not delayed.
 - **loss**: bytes inside TCP are never lost to the application, they are late. A chunk is "lost" with
-  probability ``fraction`` and then waits a retransmission time-out of 200 ms, doubled for every further loss of the same chunk;
-  after the fourth loss in a row the connection is reset. All that follows waits behind it (head of line).
-- **partition**: no byte passes, on old and on new connections (they are accepted by the kernel, then hear nothing). When
-  the partition ends, every connection that lost bytes or never reached its upstream is reset.
+  probability ``fraction`` and then waits a retransmission time-out of 200 ms, doubled for every further loss of the
+  same chunk; after the fourth loss in a row the connection is reset. All that follows waits behind it (head of line).
+- **partition**: no byte passes, on old and on new connections (they are accepted by the kernel, then hear nothing).
+  When the partition ends, every connection that lost bytes or never reached its upstream is reset.
 
 Rules act on connections that were open before. When the last delaying rule goes, delayed bytes are passed on at once.
 """

@@ -1,8 +1,8 @@
 """A network fault proxy: links with traffic rules, and the HTTP face that sets them (token needed).
 
 Every rule carries its own deadline, kept by a timer in this very process: it ends though the watchdog and the run are
-gone and the supervisor hangs. A lease whose removal was asked for can never set a rule here again (tombstone), so a delayed or
-repeated request does no harm.
+gone and the supervisor hangs. A lease whose removal was asked for can never set a rule here again (tombstone), so a
+delayed or repeated request does no harm.
 """
 
 from __future__ import annotations

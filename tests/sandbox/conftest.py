@@ -58,9 +58,7 @@ class Platform:
     def inject(self, kind: str, target: str, deadline_s: float = 30.0, **params: Any) -> str:
         """Inject under a fresh lease; return the lease id."""
         lease = next(leases)
-        self.client.add_fault(
-            lease_id=lease, token=1, kind=kind, target=target, params=params, deadline_s=deadline_s
-        )
+        self.client.add_fault(lease_id=lease, token=1, kind=kind, target=target, params=params, deadline_s=deadline_s)
         return lease
 
     def wait_ready(self, bound_s: float = 20.0) -> None:

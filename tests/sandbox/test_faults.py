@@ -174,7 +174,9 @@ def test_pod_delete_repeats_until_removed(platform: Platform) -> None:
     killed = platform.truth()
     platform.wait_ready()
     pid = platform.process("feature-store")["pid"]
-    assert sum(line["what"] == "killed" for line in platform.truth()) == sum(line["what"] == "killed" for line in killed)
+    assert sum(line["what"] == "killed" for line in platform.truth()) == sum(
+        line["what"] == "killed" for line in killed
+    )
     assert psutil.pid_exists(pid)
 
 
