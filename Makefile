@@ -1,0 +1,45 @@
+# Everything runs from a virtual environment in .venv; `make setup` builds it once.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.set-up
+# `make test` tries the slow end-to-end cells last; more workers than cores would only make the probe late.
+WORKERS ?= 2
+
+.PHONY: setup demo dev check test test-cluster teeth kills bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/mlchaos run serving-pod-failure
+
+dev: setup
+	DAGSTER_HOME=$(CURDIR) $(BIN)/dagster dev
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+test: setup
+	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) tests
+	$(BIN)/python -m pytest -m e2e tests
+
+teeth: setup
+	$(BIN)/python -m benchmarks.teeth
+
+kills: setup
+	$(BIN)/python -m benchmarks.kills
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	-$(BIN)/mlchaos sandbox down --all
+	rm -rf .venv .mlchaos build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
