@@ -1,0 +1,323 @@
+"""Names → drivers, probes and readers. The only place that knows which class serves which word.
+
+Everything is imported lazily: `mlchaos stop` must not pay for numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, cast
+
+from mlchaos_dagster.engine.ports import Budget, Driver, Health, RequestSource, SignalSource, StopSource, SystemClock
+from mlchaos_dagster.errors import ConfigError, ProbeError, SpecError
+from mlchaos_dagster.settings import Home, Settings
+
+if TYPE_CHECKING:
+    from mlchaos_dagster.domain.environment import Environment
+    from mlchaos_dagster.domain.spec import Experiment
+    from mlchaos_dagster.engine.run import Run
+    from mlchaos_dagster.sandbox.client import SandboxClient
+
+DRIVERS = {"sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver"}
+"""Backend name → class. A class is built with the directory or address that its backend needs."""
+SANDBOX_SIGNALS = ("ready_replicas", "running_replicas", "restarts", "breaker_state", "in_rotation", "fallback_total")
+"""Signals the embedded platform offers."""
+_BREAKER = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
+_HEALTH_REQUESTS = 20
+
+
+def driver(name: str, home: Home, environment: str) -> Driver:
+    """The driver of a backend, as the watchdog and the sweeper build it: from names only.
+
+    Raises:
+        SpecError: no such backend.
+    """
+    if name not in DRIVERS:
+        raise SpecError(f'no such backend "{name}". Allowed: {", ".join(DRIVERS)}', "backends")
+    module, _, attribute = DRIVERS[name].partition(":")
+    build = getattr(importlib.import_module(module), attribute)
+    return cast(Driver, build(home.sandbox(environment)))
+
+
+def prepare(environment: Environment, settings: Settings) -> None:
+    """Bring up what the environment owns: the embedded sandbox, when none is up.
+
+    Raises:
+        ConfigError: it cannot be started; says why.
+    """
+    if environment.sandbox is None:
+        return
+    from mlchaos_dagster.sandbox import api
+    from mlchaos_dagster.sandbox.config import SandboxConfig, SandboxError
+
+    options = environment.sandbox
+    config = SandboxConfig(replicas=options.replicas, mechanisms=dict[str, bool](options.mechanisms))
+    try:
+        api.up(settings.home.sandbox(environment.name), config)
+    except SandboxError as e:
+        raise ConfigError(f"the sandbox of environment {environment.name} cannot be started: {e}") from e
+
+
+def build_run(
+    experiment: Experiment,
+    environment: Environment,
+    settings: Settings,
+    *,
+    run_id: str,
+    shadow: bool = False,
+    seed: int | None = None,
+    started_by: str = "",
+    progress: Callable[[str, dict[str, Any]], None] | None = None,
+    stops: Sequence[StopSource] = (),
+) -> Run:
+    """A run with everything real behind its ports. Starts the sandbox when the environment has one.
+
+    Raises:
+        SpecError: this environment has no backend for the fault.
+        ConfigError: the sandbox cannot be started.
+    """
+    from mlchaos_dagster.engine.incidents import IncidentLog
+    from mlchaos_dagster.engine.ledger import FileLedger
+    from mlchaos_dagster.engine.processes import current_owner
+    from mlchaos_dagster.engine.run import Kit, Run, quiet
+    from mlchaos_dagster.engine.stops import FileStop, SignalStop, StopFiles
+    from mlchaos_dagster.engine.store import RecordStore
+    from mlchaos_dagster.engine.watchdog import start_watchdog
+
+    backend = environment.backend_for(experiment.fault.kind)
+    if backend is None:
+        raise SpecError(
+            f"{experiment.name}: environment {environment.name} has no backend for {experiment.fault.kind}", "fault.kind"
+        )
+    home = settings.home
+    prepare(environment, settings)
+    clock, owner = SystemClock(), current_owner()
+    kit = Kit(
+        clock=clock,
+        driver=driver(backend, home, environment.name),
+        requests=request_source(environment, home),
+        signals=signal_source(environment, home),
+        ledger=FileLedger(home.ledger, clock),
+        start_watcher=lambda: start_watchdog(
+            home, run_id, owner, environment=environment.name, lease_ttl_s=environment.safety.lease_ttl
+        ),
+        owner=owner,
+        health=health_reader(environment, settings),
+        budget=budget_reader(environment, settings),
+        store=RecordStore(home.records),
+        incidents=IncidentLog(home.incidents, clock),
+        gate=home.gates / f"{environment.name}.json",
+        stops=[FileStop(StopFiles(home), run_id), *stops],
+        signals_deferred=lambda: cast("AbstractContextManager[StopSource]", SignalStop()),
+        background=in_thread,
+        versions=versions(),
+    )
+    return Run(
+        run_id,
+        experiment,
+        environment,
+        kit,
+        shadow=shadow,
+        seed=seed,
+        started_by=started_by or settings.user,
+        progress=progress or quiet,
+    )
+
+
+def in_thread(work: Callable[[], Any]) -> Callable[[], tuple[bool, Any]]:
+    """Run a slow read beside the watch loop; the result, or the exception, comes through the poll."""
+    box: list[Any] = []
+
+    def target() -> None:
+        try:
+            box.append(work())
+        except Exception as e:  # handed to the poller, which decides
+            box.append(e)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return lambda: (bool(box), box[0] if box else None)
+
+
+def request_source(environment: Environment, home: Home) -> RequestSource:
+    """The open-loop HTTP probe of the environment."""
+    return _LateProbe(environment, home)
+
+
+class _LateProbe:
+    """Finds the gateway's address when it starts: the sandbox may have been started a moment ago."""
+
+    def __init__(self, environment: Environment, home: Home) -> None:
+        self.environment, self.home = environment, home
+        self._probe: Any = None
+
+    @property
+    def alive(self) -> bool:
+        return self._probe is not None and self._probe.alive
+
+    def start(self, zero: float) -> None:
+        from mlchaos_dagster.probes.http import HttpProbe, HttpProbeConfig
+
+        probe = self.environment.probe
+        self._probe = HttpProbe(
+            HttpProbeConfig(
+                url=probe_url(self.environment, self.home),
+                rate_per_s=probe.rate,
+                timeout_s=probe.timeout,
+                method=probe.method,
+                headers=probe.headers,
+                bodies=tuple(probe.bodies),
+            )
+        )
+        self._probe.start(zero)
+
+    def drain(self) -> list[Any]:
+        return self._probe.drain() if self._probe is not None else []
+
+    def stop(self) -> list[Any]:
+        return self._probe.stop() if self._probe is not None else []
+
+
+def probe_url(environment: Environment, home: Home) -> str:
+    """The probe's URL with `{gateway}` filled in. Raises ProbeError when the sandbox is not up."""
+    url = environment.probe.url
+    if "{gateway}" not in url:
+        return url
+    from mlchaos_dagster.sandbox.client import read_state
+
+    state = read_state(home.sandbox(environment.name)) or {}
+    if not state.get("gateway_url"):
+        raise ProbeError(f"the sandbox of {environment.name} is not up (mlchaos sandbox up)")
+    return url.replace("{gateway}", state["gateway_url"])
+
+
+def signal_source(environment: Environment, home: Home) -> SignalSource:
+    """Gauges of the sandbox, and one per PromQL SLI."""
+    from mlchaos_dagster.probes.signals import PolledSignals
+
+    interval = environment.sampling.signal_interval
+    readers: list[tuple[Callable[[], Mapping[str, float]], float]] = []
+    names = set(environment.signals)
+    if environment.sandbox is not None:
+        client = _client(environment, home)
+        readers += [(lambda: _platform(client), interval), (lambda: _gateway(client), interval)]
+    if environment.prometheus is not None:
+        for name, sli in environment.slis.items():
+            if sli.query is not None:
+                names.add(f"sli:{name}")
+                readers.append((_promql(environment, name, sli.query), max(1.0, interval)))
+    return PolledSignals(readers, sorted(names))
+
+
+def _client(environment: Environment, home: Home) -> SandboxClient:
+    from mlchaos_dagster.sandbox.client import SandboxClient
+
+    return SandboxClient(home.sandbox(environment.name), timeout_s=0.5)
+
+
+def _platform(client: SandboxClient) -> dict[str, float]:
+    from mlchaos_dagster.sandbox.config import SandboxError
+
+    try:
+        return client.signals()
+    except SandboxError as e:
+        raise ProbeError(str(e)) from e
+
+
+def _gateway(client: SandboxClient) -> dict[str, float]:
+    from mlchaos_dagster.sandbox.config import SandboxError
+
+    try:
+        state = client.gateway_state()
+    except SandboxError as e:
+        raise ProbeError(str(e)) from e
+    return {
+        "breaker_state": _BREAKER[state["breaker"]],
+        "in_rotation": float(state["in_rotation"] - len(state["ejected_replicas"])),
+        "fallback_total": float(state["fallback_total"]),
+    }
+
+
+def _promql(environment: Environment, name: str, query: str) -> Callable[[], dict[str, float]]:
+    probe = _prometheus(environment)
+    return lambda: {f"sli:{name}": probe.instant(query)}
+
+
+def _prometheus(environment: Environment) -> Any:
+    from mlchaos_dagster.probes.prometheus import PrometheusConfig, PrometheusProbe
+
+    assert environment.prometheus is not None
+    return PrometheusProbe(PrometheusConfig(url=environment.prometheus.url, timeout_s=environment.prometheus.timeout))
+
+
+def health_reader(environment: Environment, settings: Settings) -> Callable[[], Health]:
+    """System health score 0–1: the worse of answered requests and ready replicas, seen just now.
+
+    The reader raises ProbeError when nothing can be asked; the guard then refuses.
+    """
+
+    def read() -> Health:
+        from mlchaos_dagster.probes.once import success_ratio
+
+        url = probe_url(environment, settings.home)
+        probe = environment.probe
+        answered = success_ratio(
+            url, _HEALTH_REQUESTS, probe.timeout, method=probe.method, bodies=probe.bodies, headers=probe.headers
+        )
+        score, detail = answered, f"{answered:.0%} of {_HEALTH_REQUESTS} requests answered"
+        if environment.sandbox is not None:
+            signals = _platform(_client(environment, settings.home))
+            wanted = environment.sandbox.replicas
+            ready = min(1.0, signals["ready_replicas"] / wanted)
+            score = min(score, ready)
+            detail += f", {signals['ready_replicas']:g} of {wanted} replicas ready"
+        return Health(score, detail)
+
+    return read
+
+
+def budget_reader(environment: Environment, settings: Settings) -> Callable[[], Budget] | None:
+    """Error budget left over its rolling window; None when the environment declares none.
+
+    The reader raises ProbeError when its source cannot be asked; the guard then refuses.
+    """
+    declared = environment.error_budget
+    if declared is None:
+        return None
+
+    def read() -> Budget:
+        from mlchaos_dagster.domain.budget import remaining
+        from mlchaos_dagster.domain.units import show_duration
+
+        if declared.source == "prometheus":
+            probe = _prometheus(environment)
+            total, bad = probe.instant(declared.total), probe.instant(declared.bad)
+        else:
+            from mlchaos_dagster.sandbox.config import SandboxError
+
+            try:
+                counts = _client(environment, settings.home).requests(declared.window)
+            except SandboxError as e:
+                raise ProbeError(f"error budget: {e}") from e
+            total, bad = counts["total"], counts["bad"]
+        left = remaining(total, bad, declared.objective)
+        return Budget(left, f"{bad:g} bad of {total:g} requests in {show_duration(declared.window)}")
+
+    return read
+
+
+def versions() -> dict[str, str]:
+    """What a record says about the software that made it."""
+    import platform
+
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in ("mlchaos-dagster", "dagster", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
