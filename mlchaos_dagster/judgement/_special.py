@@ -29,12 +29,12 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
 
 
 def log_beta(a: float, b: float) -> float:
-    """ln B(a, b)."""
+    """Logarithm of B(a, b)."""
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
 def log_choose(n: int, k: int) -> float:
-    """ln of the binomial coefficient; -inf outside 0 ≤ k ≤ n."""
+    """Logarithm of the binomial coefficient; -inf outside 0 ≤ k ≤ n."""
     if k < 0 or k > n:
         return -math.inf
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

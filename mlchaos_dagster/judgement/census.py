@@ -264,7 +264,7 @@ def gauge_census(times_s: npt.ArrayLike, values: npt.ArrayLike, start_s: float, 
         raise ValueError("a gauge may not hold NaN: leave the step out")
     order = np.argsort(t, kind="stable")
     t, v = t[order], v[order]
-    begin = np.clip(t, start_s, end_s)
+    begin = np.minimum(np.maximum(t, start_s), end_s)
     stood = np.append(begin[1:], end_s) - begin if len(t) else np.empty(0)
     last_at_time = np.append(np.diff(t) > 0, True) if len(t) else np.empty(0, dtype=np.bool_)
     inside = last_at_time & ((stood > 0) | ((t >= start_s) & (t <= end_s)))

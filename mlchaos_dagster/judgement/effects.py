@@ -245,7 +245,7 @@ def resampled_quantiles(
     out = np.empty(count)
     for at, size in _chunks(count, blocks * block):
         starts = rng.integers(0, n - block + 1, size=(size, blocks))
-        drawn = windows[starts].reshape(size, -1)[:, :length]
+        drawn = np.reshape(windows[starts], (size, blocks * block))[:, :length]
         out[at : at + size] = np.partition(drawn, rank, axis=1)[:, rank]
     return out
 

@@ -19,7 +19,6 @@ What the observation's end cut off is *censored*: the value is then a lower boun
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mlchaos_dagster.judgement._special import binomial_cdf
-from mlchaos_dagster.judgement.autocorrelation import FloatArray
 from mlchaos_dagster.judgement.census import BoolArray, Requests, quantile_of
 
 PARTS = ("detect", "reschedule", "ready", "steady")
@@ -45,6 +43,10 @@ class Allowance:
     """Shape (n,): whether each request counts against the SLO."""
     allowed_ratio: float
     """Largest share of bad requests with which the SLO holds, 0 to 1."""
+    strict: bool = False
+    """Whether the SLO is broken at exactly that share (`error_rate below 1 %`)."""
+    among: BoolArray | None = None
+    """Shape (n,): the requests the share is taken of (answered ones, for a fallback rate); None = all."""
 
 
 @dataclass(frozen=True)
@@ -83,28 +85,43 @@ class Recovery:
 
 
 def allowance(
-    measure: str, requests: Requests, *, at_least: float | None = None, below: float | None = None
+    measure: str,
+    requests: Requests,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Allowance:
-    """An SLO over requests as an :class:`Allowance`.
+    """An objective over requests as an :class:`Allowance`.
 
     Args:
-        measure: `availability` with `at_least`; `error_rate` or `fallback_rate` with `below`; `latency_pNN`
-            with `below` in seconds.
+        measure: `availability`, `error_rate`, `fallback_rate` or `latency_pNN`.
+        requests: on time ones only.
+        at_least: limit of an availability, 0 to 1; or `above`.
+        above: the same, itself not enough.
+        at_most: limit of a rate (0 to 1) or latency (seconds); or `below`.
+        below: the same, itself too much.
 
     Raises:
         ValueError: the measure has no per-request form (a mean, a gauge: see :func:`steady_from_evaluations`),
-            or not exactly the objective that fits it.
+            or not exactly one limit that fits it.
     """
+    given = [v for v in (at_least, above, at_most, below) if v is not None]
     q = quantile_of(measure)
-    if measure == "availability" and at_least is not None and below is None:
-        return Allowance(measure, ~requests.ok, 1.0 - at_least)
-    if measure == "error_rate" and below is not None and at_least is None:
-        return Allowance(measure, ~requests.ok, below)
-    if measure == "fallback_rate" and below is not None and at_least is None:
-        return Allowance(measure, requests.ok & (requests.path == "cache"), below)
-    if q is not None and below is not None and at_least is None:
-        return Allowance(measure, requests.ranked_latency_s >= below, 1.0 - q)
-    raise ValueError(f"{measure} at_least={at_least} below={below} cannot be judged request by request")
+    if len(given) == 1:
+        limit, floor = given[0], at_least is not None or above is not None
+        strict = above is not None or below is not None
+        if measure == "availability" and floor:
+            return Allowance(measure, ~requests.ok, 1.0 - limit, strict)
+        if measure == "error_rate" and not floor:
+            return Allowance(measure, ~requests.ok, limit, strict)
+        if measure == "fallback_rate" and not floor:
+            return Allowance(measure, requests.ok & (requests.path == "cache"), limit, strict, among=requests.ok)
+        if q is not None and not floor:
+            latency = requests.ranked_latency_s
+            return Allowance(measure, latency >= limit if strict else latency > limit, 1.0 - q)
+    raise ValueError(f"{measure} with this limit cannot be judged request by request")
 
 
 def steady_again(
@@ -144,51 +161,36 @@ def steady_again(
         raise ValueError("the dwell time must be positive")
     seen = (requests.due_s >= origin_s) & (requests.due_s <= until_s)
     due = requests.due_s[seen]
-    bads = [slo.bad[seen] for slo in slos]
     n = len(due)
     if n == 0:
         return Moment(max(origin_s, until_s), censored=True)
     if max_gap_s is None:
         max_gap_s = max(_GAP_FLOOR_S, 5.0 * float(np.median(np.diff(due)))) if n > 1 else _GAP_FLOOR_S
     ends = np.searchsorted(due, due + dwell_s, side="right")
-    counts = ends - np.arange(n)
-    holds = np.ones(n, dtype=np.bool_)
-    for slo, bad in zip(slos, bads, strict=True):
-        total = np.concatenate([[0], np.cumsum(bad)])
-        holds &= (total[ends] - total[:-1]) <= slo.allowed_ratio * counts + _EPSILON
-    gaps = np.concatenate([[0], np.cumsum(np.diff(np.append(due, until_s)) > max_gap_s)])
-    # The dwell is complete when it ends inside the observation; gap i lies after sample i.
-    complete = (due + dwell_s <= until_s + _EPSILON) & (counts >= minimum)
-    unbroken = gaps[ends - 1] - gaps[:-1] == 0
-    next_due = np.append(due, until_s)[ends]
-    unbroken &= (next_due - due[ends - 1] <= max_gap_s) | ~complete
-    good = ~np.logical_or.reduce(bads)
-    limits = [_chance_limits(slo.allowed_ratio, int(counts.max())) for slo in slos]
+    counted = [_Counted.of(slo, seen) for slo in slos]
+    holds = np.all([slo.holds(ends) for slo in counted], axis=0)
+    good = ~np.any([slo.bad for slo in counted], axis=0)
+    # A dwell is complete when it ends inside the observation, and unbroken when no gap lies in it or at its end.
+    complete = (due + dwell_s <= until_s + _EPSILON) & (ends - np.arange(n) >= minimum)
+    gap_after = np.diff(np.append(due, until_s)) > max_gap_s
+    gaps_before = np.concatenate([[0], np.cumsum(gap_after)])
+    unbroken = (gaps_before[ends - 1] == gaps_before[:-1]) & ~(gap_after[ends - 1] & complete)
     served = np.where(good, np.maximum(due, requests.done_s[seen] - healthy_latency_s), np.inf)
     first_served = np.minimum.accumulate(served[::-1])[::-1]
-
-    def starts_well(i: int) -> bool:
-        return all(
-            bool((np.cumsum(bad[i : ends[i]]) <= limit[: ends[i] - i]).all())
-            for bad, limit in zip(bads, limits, strict=True)
-        )
-
     for i in np.flatnonzero(good & unbroken & (holds | ~complete)):
-        if not starts_well(int(i)):
+        if not all(slo.starts_well(int(i), int(ends[i])) for slo in counted):
             continue
-        if not complete[i]:
-            # Too short a rest to prove it: from here on it is only still possible.
+        if not complete[i]:  # what is left is too short to prove it: from here on it is only still possible
             return Moment(min(float(first_served[i]), until_s), censored=True)
-        relapse = np.flatnonzero(~holds[i:] & complete[i:])
-        broken = i + int(relapse[0]) if len(relapse) else n
-        relapsed_at = float(due[broken:][~good[broken:]][0]) if broken < n else None
+        broken = np.flatnonzero(~holds[i:] & complete[i:])
+        relapsed_at = float(due[i + broken[0] :][~good[i + broken[0] :]][0]) if len(broken) else None
         return Moment(float(first_served[i]), censored=False, relapsed_at_s=relapsed_at)
     return Moment(max(origin_s, until_s), censored=True)
 
 
 def first_bad(requests: Requests, slos: Sequence[Allowance], *, origin_s: float) -> float | None:
     """Due time of the first request at or after `origin_s` that counts against any SLO; None when none does."""
-    bad = np.logical_or.reduce([slo.bad for slo in slos]) & (requests.due_s >= origin_s)
+    bad = np.any([slo.bad for slo in slos], axis=0) & (requests.due_s >= origin_s)
     hits = np.flatnonzero(bad)
     return float(requests.due_s[hits[0]]) if len(hits) else None
 
@@ -290,16 +292,35 @@ def split_recovery(origin_s: float, until_s: float, moments: Mapping[str, float 
     )
 
 
-def _chance_limits(allowed: float, size: int) -> FloatArray:
-    """For k = 1 … size: the most bad ones among k that the allowed rate explains in 99 of 100 cases."""
-    if allowed >= 1.0:
-        return np.full(size, math.inf)
-    limits = np.zeros(size)
-    if allowed <= 0.0:
-        return limits
-    limit = 0
-    for k in range(1, size + 1):
-        while limit < k and binomial_cdf(limit, k, allowed) < _CHANCE:
-            limit += 1
-        limits[k - 1] = limit
-    return limits
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """An allowance over the observed requests, with its running counts."""
+
+    bad: BoolArray
+    among: BoolArray
+    allowed_ratio: float
+    strict: bool
+    limits: list[int]
+    """limits[k]: the most bad ones among k that chance explains; extended as needed."""
+
+    @classmethod
+    def of(cls, slo: Allowance, seen: BoolArray) -> _Counted:
+        bad = slo.bad[seen]
+        among = np.ones(len(bad), dtype=np.bool_) if slo.among is None else slo.among[seen]
+        return cls(bad & among, among, slo.allowed_ratio, slo.strict, [0])
+
+    def holds(self, ends: npt.NDArray[np.int64]) -> BoolArray:
+        """Per request i, whether the SLO holds over requests i … ends[i] − 1."""
+        bad, among = (np.concatenate([[0], np.cumsum(x)]) for x in (self.bad, self.among))
+        counts, allowed = bad[ends] - bad[:-1], self.allowed_ratio * (among[ends] - among[:-1])
+        return (counts < allowed - _EPSILON) | (counts == 0) if self.strict else counts <= allowed + _EPSILON
+
+    def starts_well(self, first: int, end: int) -> bool:
+        """Whether no beginning of the requests first … end − 1 holds more bad ones than chance explains."""
+        bad = np.cumsum(self.bad[first:end][self.among[first:end]])
+        for k in range(len(self.limits), len(bad) + 1):
+            limit = self.limits[-1]
+            while limit < k and binomial_cdf(limit, k, min(1.0, self.allowed_ratio)) < _CHANCE:
+                limit += 1
+            self.limits.append(limit)
+        return bool((bad <= np.asarray(self.limits[1 : len(bad) + 1])).all())

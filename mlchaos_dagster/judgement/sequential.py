@@ -118,7 +118,7 @@ class MeanGuard:
         x = as_series(baseline)
         if len(x) < batch:
             raise ValueError(f"a baseline of {len(x)} samples holds no batch of {batch}")
-        whole = x[: len(x) - len(x) % batch].reshape(-1, batch)
+        whole = np.reshape(x[: len(x) - len(x) % batch], (-1, batch))
         for mean in self._scaled(whole).mean(axis=1):
             self._before.update(float(mean))
         self._mean = float(whole.mean())
@@ -160,7 +160,7 @@ class MeanGuard:
         return self._scale * (self._during.low - self._before.high)
 
     def _scaled(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.clip((values - self._floor) / self._scale, 0.0, 1.0)
+        return np.minimum(np.maximum((values - self._floor) / self._scale, 0.0), 1.0)
 
 
 class RateGuard:
