@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.domain.environment import Environment
     from mlchaos_dagster.domain.spec import Experiment
     from mlchaos_dagster.engine.run import Run
+    from mlchaos_dagster.probes.prometheus import PrometheusProbe
     from mlchaos_dagster.sandbox.client import SandboxClient
 
 DRIVERS = {"sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver"}
@@ -244,10 +245,15 @@ def _gateway(client: SandboxClient) -> dict[str, float]:
 
 def _promql(environment: Environment, name: str, query: str) -> Callable[[], dict[str, float]]:
     probe = _prometheus(environment)
-    return lambda: {f"sli:{name}": probe.instant(query)}
+
+    def read() -> dict[str, float]:
+        reading = probe.instant(query)
+        return {} if reading is None else {f"sli:{name}": reading.value}
+
+    return read
 
 
-def _prometheus(environment: Environment) -> Any:
+def _prometheus(environment: Environment) -> PrometheusProbe:
     from mlchaos_dagster.probes.prometheus import PrometheusConfig, PrometheusProbe
 
     assert environment.prometheus is not None
@@ -294,8 +300,12 @@ def budget_reader(environment: Environment, settings: Settings) -> Callable[[], 
         from mlchaos_dagster.domain.units import show_duration
 
         if declared.source == "prometheus":
+            assert declared.total is not None and declared.bad is not None
             probe = _prometheus(environment)
-            total, bad = probe.instant(declared.total), probe.instant(declared.bad)
+            readings = [probe.instant(declared.total), probe.instant(declared.bad)]
+            if readings[0] is None or readings[1] is None:
+                raise ProbeError("error budget: Prometheus has no value for it now")
+            total, bad = readings[0].value, readings[1].value
         else:
             from mlchaos_dagster.sandbox.config import SandboxError
 

@@ -202,15 +202,13 @@ class Samples:
         return [(s.t, s.value) for s in self.signals if s.name == name]
 
     def to_columns(self) -> dict[str, Any]:
-        """JSON-able columns; times rounded to 10 µs."""
+        """JSON-able columns, lossless: a stored run is judged on the very same numbers."""
         columns: Sequence[str] = RequestSample._fields
         requests = {name: [getattr(r, name) for r in self.requests] for name in columns}
-        for name in ("due_s", "sent_s", "done_s"):
-            requests[name] = [round(v, 5) for v in requests[name]]
         names = sorted({s.name for s in self.signals})
         return {
             "requests": requests,
-            "signals": {n: [[round(t, 5), v] for t, v in self.signal(n)] for n in names},
+            "signals": {n: [[t, v] for t, v in self.signal(n)] for n in names},
             "gaps": [[g.start, g.end] for g in self.gaps],
         }
 

@@ -1,0 +1,189 @@
+"""A whole run in the simulated world: every outcome, and what the record says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sim import World, build
+
+from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.engine.run import run_experiment
+from mlchaos_dagster.engine.store import RecordStore
+from mlchaos_dagster.judgement.verdict import judge
+
+
+def outcome(tmp_path: Path, world: World, **kwargs: Any):
+    run = build(tmp_path, world, **kwargs)
+    record = run_experiment(run)
+    assert not world.faults, "a fault was left behind"
+    assert not run.kit.ledger.leases(), "a lease was left open"
+    return record, judge(record, run.samples)
+
+
+@pytest.mark.req("R0-05", "R2-04")
+def test_held(tmp_path: Path) -> None:
+    world = World()
+    record, verdict = outcome(tmp_path, world)
+    assert verdict.outcome is Outcome.HELD, verdict.reasons
+    assert record.fault is not None and record.fault.confirmed
+    assert record.clean is not None and record.clean.proven
+    assert verdict.slis["availability"].during == 1.0
+    assert verdict.recovery.ready_s == pytest.approx(world.heal_after_s, abs=0.25)
+    assert len(world.injections) == 1
+
+
+def test_stored_record_gives_the_same_verdict(tmp_path: Path) -> None:
+    _, verdict = outcome(tmp_path, World(errors_during=0.2))
+    store = RecordStore(tmp_path / "records")
+    record, _ = store.load("run-1")
+    assert judge(record, store.samples(record)) == verdict
+
+
+def test_deviated_names_the_objective(tmp_path: Path) -> None:
+    _, verdict = outcome(tmp_path, World(errors_during=0.1))
+    assert verdict.outcome is Outcome.DEVIATED
+    assert "availability" in verdict.reasons[0] and "%" in verdict.reasons[0]
+
+
+def test_expected_effect_not_seen_deviates(tmp_path: Path) -> None:
+    _, verdict = outcome(tmp_path, World(), experiment={"expect": [{"signal": "ready_replicas", "rises": True}]})
+    assert verdict.outcome is Outcome.DEVIATED
+    assert "ready_replicas rises" in verdict.reasons[0]
+
+
+@pytest.mark.req("RX-06")
+def test_slow_recovery_is_censored_and_deviates(tmp_path: Path) -> None:
+    _, verdict = outcome(tmp_path, World(heal_after_s=1e6))
+    assert verdict.outcome is Outcome.DEVIATED
+    assert "ready" in verdict.recovery.censored
+    assert verdict.recovery.ready_s is not None and verdict.recovery.ready_s > 10
+
+
+@pytest.mark.req("RX-04")
+def test_fault_without_effect_is_never_a_pass(tmp_path: Path) -> None:
+    _, verdict = outcome(tmp_path, World(effective=False))
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "not seen" in verdict.reasons[0]
+
+
+def test_fault_that_ends_early_is_never_a_pass(tmp_path: Path) -> None:
+    world = World()
+    world.at[world.clock.t + 12] = lambda w: w.faults.clear()
+    _, verdict = outcome(tmp_path, world)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "before the window ended" in verdict.reasons[0]
+
+
+def test_late_probe_is_inconclusive(tmp_path: Path) -> None:
+    world = World()
+    world.at[world.clock.t + 10] = lambda w: setattr(w, "late_s", 0.2)
+    _, verdict = outcome(tmp_path, world, environment={"sampling": {"baseline": "5s", "blind_for": "60s"}})
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "late" in verdict.reasons[0]
+
+
+def test_too_few_samples(tmp_path: Path) -> None:
+    _, verdict = outcome(tmp_path, World(), experiment={"duration": "1s"})
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "at least 100" in verdict.reasons[0] and "window of" in verdict.advice
+
+
+@pytest.mark.req("RX-05")
+def test_limit_aborts_and_times_it(tmp_path: Path) -> None:
+    record, verdict = outcome(tmp_path, World(errors_during=0.9))
+    assert verdict.outcome is Outcome.ABORTED
+    assert record.abort is not None and record.abort.cause == "limit"
+    assert record.abort.first_bad_at is not None and record.abort.breach_at - record.abort.first_bad_at >= 2
+    assert record.abort.seconds is not None and record.abort.seconds < 1
+    assert "error_rate above 50.0 %" in verdict.reasons[0]
+
+
+def test_blind_aborts(tmp_path: Path) -> None:
+    world = World()
+    world.mute_from = world.clock.t + 8
+    record, verdict = outcome(tmp_path, world)
+    assert verdict.outcome is Outcome.ABORTED
+    assert record.abort is not None and record.abort.cause == "blind"
+
+
+def test_lost_watchdog_aborts(tmp_path: Path) -> None:
+    world = World()
+    world.at[world.clock.t + 8] = lambda w: setattr(w, "watchdog_alive", False)
+    record, _ = outcome(tmp_path, world)
+    assert record.abort is not None and record.abort.cause == "watcher"
+
+
+@pytest.mark.req("R4-05")
+@pytest.mark.parametrize("after_s", [0.2, 3.0, 8.0])
+def test_stop_request(tmp_path: Path, after_s: float) -> None:
+    world = World()
+    world.at[world.clock.t + after_s] = lambda w: setattr(w, "stop", ("stop", "enough"))
+    record, verdict = outcome(tmp_path, world)
+    assert verdict.outcome is Outcome.ABORTED
+    assert (record.fault is None) == (after_s < 6)
+
+
+def test_unsteady_baseline_is_refused(tmp_path: Path) -> None:
+    world = World(errors_always=0.2)
+    record, verdict = outcome(tmp_path, world)
+    assert verdict.outcome is Outcome.REFUSED and not world.injections
+    assert "availability" in verdict.reasons[0]
+
+
+@pytest.mark.req("R4-03")
+def test_guards_refuse(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"health": 0.5}, "health"),
+        ({"budget": 0.05}, "error budget"),
+        ({"experiment": {"blast_radius": {"count": 4}}}, "more than exists"),
+        ({"environment": {"limits": {"max_fraction": "10%"}}}, "blast radius"),
+        (
+            {"environment": {"freezes": [{"start": "2020-01-01T00:00:00Z", "end": "2099-01-01T00:00:00Z", "reason": "x"}]}},
+            "frozen",
+        ),
+    ]
+    for n, (kwargs, word) in enumerate(cases):
+        world = World()
+        _, verdict = outcome(tmp_path / str(n), world, **kwargs)
+        assert verdict.outcome is Outcome.REFUSED and word in verdict.reasons[0], verdict.reasons
+        assert not world.injections
+        line = json.loads((tmp_path / str(n) / "incidents.jsonl").read_text().splitlines()[-1])
+        assert line["kind"] == "refusal"
+
+
+def test_crashing_guard_refuses(tmp_path: Path) -> None:
+    world = World(fail_at=1)
+    _, verdict = outcome(tmp_path, world)
+    assert verdict.outcome is Outcome.REFUSED and "could not be checked" in verdict.reasons[0]
+
+
+def test_closed_gate_refuses(tmp_path: Path) -> None:
+    gate = tmp_path / "gates" / "sim.json"
+    gate.parent.mkdir(parents=True)
+    for content in ('{"closed": true, "reason": "budget"}', "{not json"):
+        gate.write_text(content)
+        _, verdict = outcome(tmp_path, World())
+        assert verdict.outcome is Outcome.REFUSED and "gate" in verdict.reasons[0]
+    gate.write_text('{"closed": false}')
+    assert outcome(tmp_path, World())[1].outcome is Outcome.HELD
+
+
+def test_shadow_injects_nothing_and_is_no_pass(tmp_path: Path) -> None:
+    world = World(errors_during=1.0)
+    record, verdict = outcome(tmp_path, world, shadow=True)
+    assert not world.injections and record.shadow
+    assert verdict.outcome is Outcome.HELD and not verdict.fault_fired and "shadow" in verdict.reasons[0]
+
+
+def test_full_disk_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlchaos_dagster.errors import StoreError
+
+    def full(*_: Any) -> Any:
+        raise StoreError("cannot write: No space left on device")
+
+    monkeypatch.setattr(RecordStore, "save", full)
+    _, verdict = outcome(tmp_path, World())
+    assert verdict.outcome is Outcome.ERROR and "No space left" in verdict.reasons[0]
