@@ -18,18 +18,13 @@ import gc
 import ipaddress
 import json
 import os
-import select
-import selectors
 import signal
-import sys
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 from mlchaos_dagster.probes._http1 import ProtocolError, ResponseReader, request_bytes
-
-if TYPE_CHECKING:
-    import ssl
+from mlchaos_dagster.probes._machine import PreciseSelector, leave, raise_file_limit, say, tls_context
 
 CONNECTION_ERROR, TIMED_OUT, UNSENT = 0, -1, -2
 
@@ -132,7 +127,7 @@ class Generator:
         url = urlsplit(config["url"])
         self.host = url.hostname or ""
         self.port = url.port or (443 if url.scheme == "https" else 80)
-        self.tls = _tls_context(config) if url.scheme == "https" else None
+        self.tls = tls_context(config) if url.scheme == "https" else None
         self.race_s = None if _is_address(self.host) else 0.25  # names may give a dead IPv6 address first
         self._host_header = url.netloc.rpartition("@")[2]
         self._target = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -312,10 +307,10 @@ class Generator:
         except BlockingIOError:
             pass
         except OSError:
-            _exit("the owner reads no more")
+            leave("the owner reads no more")
         if self.out:
             if len(self.out) > MAX_BACKLOG_BYTES:
-                _exit("the owner does not read")
+                leave("the owner does not read")
             self._flushing = True
             self.loop.call_later(FLUSH_EVERY_S, self._flush)
 
@@ -333,7 +328,7 @@ class Generator:
         except BlockingIOError:
             return
         if not data:
-            _exit("the owner is gone")
+            leave("the owner is gone")
         self._obey(data)
 
     def _obey(self, data: bytes) -> None:
@@ -347,7 +342,7 @@ class Generator:
 
     def _watch_owner(self) -> None:
         if os.getppid() != self.owner_pid:
-            _exit("the owner is gone")
+            leave("the owner is gone")
         self.loop.call_later(OWNER_CHECK_EVERY_S, self._watch_owner)
 
     def _end(self) -> None:
@@ -358,27 +353,7 @@ class Generator:
                 del self.out[: os.write(1, self.out)]
         except OSError:
             pass
-        _exit("")
-
-
-class _PreciseEpoll(selectors.EpollSelector if sys.platform == "linux" else selectors.DefaultSelector):
-    """Epoll waits in whole milliseconds and so makes requests half a millisecond late on average; select does not."""
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None or timeout <= 0 or sys.platform != "linux":
-            return super().select(timeout)
-        select.select([self.fileno()], [], [], timeout)
-        return super().select(0)
-
-
-def _tls_context(config: dict[str, Any]) -> ssl.SSLContext:
-    import ssl  # only https pays for it
-
-    context = ssl.create_default_context(cafile=config["ca_file"] or None)
-    if not config["verify_tls"]:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+        leave("")
 
 
 def _json_bytes(body: object) -> bytes:
@@ -393,40 +368,12 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _exit(reason: str) -> None:
-    """Leave at once: nothing here needs unwinding, and a hanging connection must not hold the process."""
-    _say(reason)
-    os._exit(1 if reason else 0)
-
-
-def _say(text: str) -> None:
-    try:
-        os.write(2, text.encode("utf-8", "replace")[:500] + b"\n")
-    except OSError:  # the reader is dead, which is no reason to live on
-        pass
-
-
-def _raise_file_limit(wanted: int) -> int:
-    """Connections this process may hold open, after asking the kernel for `wanted`."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < target:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-        except (OSError, ValueError):  # macOS refuses more than OPEN_MAX
-            target = soft
-        return target
-    return wanted
-
-
 def _read_config() -> tuple[dict[str, Any], bytes]:
     data = b""
     while b"\n" not in data:
         more = os.read(0, 65536)
         if not more:
-            _exit("no configuration")
+            leave("no configuration")
         data += more
     line, _, rest = data.partition(b"\n")
     return json.loads(line), rest
@@ -437,9 +384,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which still needs samples to recover by
     config, rest = _read_config()
     spare = 64
-    allowed = _raise_file_limit(config["max_in_flight"] + spare)
+    allowed = raise_file_limit(config["max_in_flight"] + spare)
     config["max_in_flight"] = max(1, min(config["max_in_flight"], allowed - spare))
-    loop = asyncio.SelectorEventLoop(_PreciseEpoll())
+    loop = asyncio.SelectorEventLoop(PreciseSelector())
     complaints = 0
 
     def complain(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -447,7 +394,7 @@ def main() -> None:
         nonlocal complaints
         complaints += 1
         if complaints <= 10:
-            _say(f"{context.get('message')}: {context.get('exception')!r}")
+            say(f"{context.get('message')}: {context.get('exception')!r}")
 
     loop.set_exception_handler(complain)
     generator = Generator(config, loop, rest)

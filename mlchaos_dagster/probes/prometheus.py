@@ -46,6 +46,8 @@ class PrometheusConfig:
     """Total deadline of one query. Short: the watch loop would rather have a gap than wait."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     verify_tls: bool = True
+    ca_file: str = ""
+    """Certificates to trust instead of the usual ones."""
 
     def __post_init__(self) -> None:
         try:
@@ -187,7 +189,7 @@ class PrometheusProbe:
             except ImportError as error:
                 raise ConfigError("Prometheus: the client is missing: pip install prometheus-api-client") from error
             session = requests.Session()
-            session.verify = self.config.verify_tls
+            session.verify = (self.config.ca_file or True) if self.config.verify_tls else False
             if urlsplit(self.config.url).hostname in ("localhost", "127.0.0.1", "::1"):
                 session.trust_env = False  # a company proxy cannot reach this machine's loopback
             self._client = PrometheusConnect(

@@ -7,6 +7,7 @@ import contextlib
 import math
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -54,18 +55,18 @@ class RawServer:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Answer], RawServer]]:
+def serve() -> Iterator[Callable[..., RawServer]]:
     """`serve(answer)` gives a running server; all end with the test."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     listening: list[asyncio.Server] = []
 
-    def make(answer: Answer) -> RawServer:
+    def make(answer: Answer, tls: ssl.SSLContext | None = None) -> RawServer:
         server = RawServer(answer)
 
         async def listen() -> None:
-            listening.append(await asyncio.start_server(server.handle, "127.0.0.1", 0, backlog=2048))
+            listening.append(await asyncio.start_server(server.handle, "127.0.0.1", 0, backlog=2048, ssl=tls))
             server.port = listening[-1].sockets[0].getsockname()[1]
 
         asyncio.run_coroutine_threadsafe(listen(), loop).result(5)
