@@ -23,6 +23,7 @@ from .config import (
     SandboxUnavailable,
 )
 from .identity import kill, lives, processes_of, wait_gone
+from .tombstones import write_tombstone
 
 __all__ = [
     "MECHANISMS",
@@ -32,9 +33,11 @@ __all__ = [
     "SandboxError",
     "SandboxRefused",
     "SandboxUnavailable",
+    "bury",
     "down",
     "is_alive",
     "read_state",
+    "remains",
     "status",
     "up",
 ]
@@ -96,6 +99,27 @@ def is_alive(directory: Path | str) -> bool:
     """True when the supervisor that the state file names is a live process (pid and start time)."""
     state = read_state(_home(directory))
     return state is not None and lives(state.get("pid"), state.get("create_time"))
+
+
+def remains(directory: Path | str) -> list[tuple[str, int]]:
+    """Every live process of the sandbox, asked of the operating system: (name, pid). Empty = no fault can be there."""
+    home = _home(directory)
+    found = {pid: name for name, pid, _ in processes_of(home)}
+    for name, child in (read_state(home) or {}).get("children", {}).items():
+        if lives(child.get("pid"), child.get("create_time")):
+            found.setdefault(child["pid"], name)
+    return sorted((name, pid) for pid, name in found.items())
+
+
+def bury(directory: Path | str, lease_id: str) -> None:
+    """Have any later sandbox in this directory refuse the lease; for when there is none now that could be asked.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    home = _home(directory)
+    if home.is_dir():
+        write_tombstone(home, lease_id)
 
 
 def _home(directory: Path | str) -> Path:

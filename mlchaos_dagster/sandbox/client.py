@@ -35,6 +35,10 @@ class SandboxClient:
         """Processes, links, mechanisms and faults, read from the processes themselves."""
         return self._call("GET", "/status")
 
+    def signals(self) -> dict[str, float]:
+        """Ready and running replicas and restarts, as the supervisor knows them at this moment."""
+        return self._call("GET", "/signals")
+
     def faults(self) -> list[dict[str, Any]]:
         """The faults present now.
 

@@ -8,8 +8,6 @@ again, a proxy that does not confirm the removal is killed.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import psutil
 
 from .faults import NETWORK_KINDS, Fault, Refused, parse
 from .slots import Slot
+from .tombstones import read_tombstones, write_tombstone
 from .truth import TruthLog
 
 _CALL_S = 0.6
@@ -49,8 +48,8 @@ class FaultBook:
         self._highest: dict[str, int] = {}
         self._seen_expiries: dict[int, int] = {}
         self.lock = asyncio.Lock()
-        self._tombstone_path = directory / "tombstones.jsonl"
-        self._tombstones = self._load_tombstones()
+        self._directory = directory
+        self._tombstones = read_tombstones(directory)
 
     # -- verbs ------------------------------------------------------------------------------------------------------
 
@@ -113,6 +112,13 @@ class FaultBook:
             fault = Fault(rule["lease_id"], rule["token"], rule["kind"], rule["link"], rule["params"], 0.0)
             fault.deadline = time.monotonic() + rule["remaining_s"]
             found.append(fault.to_dict(effective=bool(rule["first_effect"]), evidence=[_rule_line(rule)]))
+        meant = {(fault.target, fault.hold_key) for fault in self._faults.values()}
+        for slot in self._slots.values():
+            for hold in slot.holds:
+                if (slot.name, hold) not in meant:
+                    lease, kind = hold.rsplit("/", 1)
+                    stray = Fault(lease, 0, kind, slot.name, {}, time.monotonic())
+                    found.append(stray.to_dict(effective=not slot.running, evidence=[f"{slot.name} is held down"]))
         return {"faults": found, "unanswered": sorted(unanswered)}
 
     def on(self, target: str) -> list[str]:
@@ -300,32 +306,12 @@ class FaultBook:
             at = time.time() - (time.monotonic() - mono)
             self._truth.write("fault_effective", fault.target, None, fault.lease_id, kind=fault.kind, at=at, mono=mono)
 
-    # -- tombstones -------------------------------------------------------------------------------------------------
-
-    def _load_tombstones(self) -> set[str]:
-        try:
-            lines = self._tombstone_path.read_text().splitlines()
-        except OSError:
-            return set()
-        buried: set[str] = set()
-        for line in lines:
-            try:
-                buried.add(json.loads(line)["lease_id"])
-            except (ValueError, KeyError, TypeError):
-                continue  # half a line from a crash
-        return buried
-
     def _bury(self, lease: str) -> None:
         if lease in self._tombstones:
             return
         self._tombstones.add(lease)
-        line = json.dumps({"lease_id": lease, "at": time.time()}) + "\n"
         try:
-            file = os.open(self._tombstone_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                os.write(file, line.encode())
-            finally:
-                os.close(file)
+            write_tombstone(self._directory, lease)
         except OSError:
             pass  # memory suffices while this supervisor lives
 

@@ -39,7 +39,7 @@ class Lifeline:
 
 def attach() -> Lifeline:
     """Bind this process's life to its supervisor; call first, before slow imports."""
-    _die_with_parent()
+    _die_with_parent()  # at once; reading may block
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft < wanted:  # blackholed connections pile up in gateway and proxy
@@ -51,8 +51,14 @@ def attach() -> Lifeline:
             os._exit(0)
         buffer += chunk
     config = json.loads(buffer.split(b"\n", 1)[0])
-    threading.Thread(target=_watch_stdin, name="lifeline", daemon=True).start()
+    die_with_supervisor()
     return Lifeline(config, int(config["report_fd"]))
+
+
+def die_with_supervisor() -> None:
+    """End this process when its parent ends or its standard input does."""
+    _die_with_parent()
+    threading.Thread(target=_watch_stdin, name="lifeline", daemon=True).start()
 
 
 def _die_with_parent() -> None:

@@ -73,4 +73,8 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(train(Path(sys.argv[1]), int(sys.argv[2])))
+    # --sandbox DIRECTORY --name trainer SEED, as all processes of a sandbox name themselves
+    from .lifeline import die_with_supervisor
+
+    die_with_supervisor()
+    sys.stdout.write(train(Path(sys.argv[2]) / "model", int(sys.argv[5])))

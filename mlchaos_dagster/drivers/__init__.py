@@ -1,0 +1,1 @@
+"""Adapters: one backend each, imported only when an environment names it."""

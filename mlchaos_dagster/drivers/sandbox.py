@@ -1,0 +1,220 @@
+"""The sandbox backend: faults on real local processes and the links between them.
+
+Owns the translation between the engine's verbs and the sandbox's control API, and the second look at the target: pids are
+checked with the operating system, links by a request through them. It keeps nothing between calls.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mlchaos_dagster.domain.environment import Target
+from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, RecoverFailed
+from mlchaos_dagster.sandbox import api
+from mlchaos_dagster.sandbox.identity import lives
+
+NAME = "sandbox"
+_NETWORK = frozenset({"network_latency", "network_loss", "network_partition"})
+_SILENCE_S = 0.25
+"""A link that says nothing for this long passes nothing; two orders above a healthy round trip (1–3 ms)."""
+_DYING_S = 1.0
+"""Children of a killed supervisor are gone within milliseconds; a busy machine may take longer."""
+
+
+class SandboxDriver:
+    """Driver for the sandbox in one directory. Every call is bounded to about four seconds."""
+
+    name = NAME
+    faults = frozenset({"pod_delete", "pod_failure"}) | _NETWORK
+    self_limiting = faults
+    """Deadlines are kept by the supervisor (processes) and by each proxy itself (links)."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+
+    def resolve(self, target: Target) -> tuple[str, ...]:
+        """Names of processes or links that match the glob now, sorted.
+
+        The proxies are the network, not a service: a glob does not pick them unless it starts with their name.
+
+        Raises:
+            DriverUnavailable: no sandbox answered.
+        """
+        status = self._status("resolve")
+        names = [entry["name"] for entry in status["processes"]]
+        if not target.select.startswith("proxy"):
+            names = [name for name in names if not name.startswith("proxy")]
+        return tuple(sorted(name for name in (*names, *status["links"]) if fnmatchcase(name, target.select)))
+
+    def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any]) -> dict[str, Any]:
+        """Where the sandbox is, and which processes stood for the targets.
+
+        Raises:
+            DriverUnavailable: no sandbox answered.
+        """
+        state = api.read_state(self.directory)
+        if state is None:
+            raise DriverUnavailable(f"no sandbox is up in {self.directory}", driver=NAME, verb="undo")
+        children = state["children"]
+        return {
+            "directory": str(self.directory.resolve()),
+            "supervisor": {"pid": state["pid"], "create_time": state["create_time"]},
+            "processes": {name: children[name] for name in targets if name in children},
+        }
+
+    def inject(self, lease: Lease) -> None:
+        """Put the fault on every target, one after the other, each with the lease's remaining time as its deadline.
+
+        Raises:
+            DriverUnavailable: no sandbox is up; nothing was touched.
+            InjectFailed: refused (fenced, removed, impossible) or unanswered. On failure: earlier targets have the fault.
+        """
+        directory = self._directory(lease)
+        if not api.is_alive(directory):
+            raise DriverUnavailable(f"no sandbox is up in {directory}", driver=NAME, verb="inject", lease_id=lease.id)
+        # An owner that was stopped between lease and inject gets no more than what is left.
+        remaining_s = min(lease.duration_s, lease.deadline_wall - time.time())
+        if remaining_s <= 0:
+            raise InjectFailed("the lease's deadline has passed", driver=NAME, verb="inject", lease_id=lease.id)
+        client = api.SandboxClient(directory)
+        for target in lease.targets:
+            try:
+                client.add_fault(
+                    lease_id=lease.id,
+                    token=lease.token,
+                    kind=lease.kind,
+                    target=target,
+                    params=_params(lease),
+                    deadline_s=remaining_s,
+                )
+            except api.SandboxError as error:
+                raise InjectFailed(f"{target}: {error}", driver=NAME, verb="inject", lease_id=lease.id) from error
+
+    def recover(self, lease: Lease) -> None:
+        """Remove everything of the lease, and have the sandbox refuse it for ever.
+
+        A sandbox that is dead holds no fault; the lease is then buried for whatever is started there later.
+
+        Raises:
+            RecoverFailed: the sandbox lives but did not confirm. On failure: the fault may be live until its deadline.
+        """
+        directory = self._directory(lease)
+        try:
+            api.SandboxClient(directory).remove_fault(lease.id)
+            return
+        except api.SandboxRefused as error:
+            raise RecoverFailed(str(error), driver=NAME, verb="recover", lease_id=lease.id) from error
+        except api.SandboxUnavailable as error:
+            if left := self._wait_dead(directory):
+                said = f"{error}; alive: {_people(left)}"
+                raise RecoverFailed(said, driver=NAME, verb="recover", lease_id=lease.id) from error
+        try:
+            api.bury(directory, lease.id)
+        except OSError as error:
+            said = f"the lease could not be buried: {error}"
+            raise RecoverFailed(said, driver=NAME, verb="recover", lease_id=lease.id) from error
+
+    def active(self, lease: Lease) -> Evidence:
+        """What the processes and links say now.
+
+        ``effective`` needs every target's effect: the process gone, the link measurably disturbed.
+
+        Raises:
+            DriverUnavailable: something lives but does not answer.
+        """
+        directory = self._directory(lease)
+        client = api.SandboxClient(directory)
+        try:
+            trips = _round_trips(client, lease) if lease.kind in _NETWORK else {}
+            mine = [fault for fault in client.faults() if fault["lease_id"] == lease.id]
+        except api.SandboxError as error:
+            if left := self._wait_dead(directory):
+                said = f"{error}; alive: {_people(left)}"
+                raise DriverUnavailable(said, driver=NAME, verb="active", lease_id=lease.id) from error
+            return Evidence(present=False, effective=False, lines=(_dead_line(lease, directory),))
+        lines = [line for fault in mine for line in fault["evidence"]]
+        lines += [_trip_line(link, seconds) for link, seconds in trips.items()]
+        seen = {fault["target"] for fault in mine if fault["effective"] and _confirmed(lease, fault, trips)}
+        if not mine:
+            lines.insert(0, f"supervisor and proxies have nothing of lease {lease.id}")
+        return Evidence(present=bool(mine), effective=seen >= set(lease.targets), lines=tuple(lines))
+
+    def _status(self, verb: str) -> dict[str, Any]:
+        try:
+            status = api.status(self.directory)
+        except api.SandboxError as error:
+            raise DriverUnavailable(str(error), driver=NAME, verb=verb) from error
+        if status is None:
+            raise DriverUnavailable(f"no sandbox is up in {self.directory}", driver=NAME, verb=verb)
+        return status
+
+    def _directory(self, lease: Lease) -> Path:
+        """The lease's own sandbox; a lease whose file was damaged has only ours."""
+        return Path(lease.undo.get("directory") or self.directory)
+
+    @staticmethod
+    def _wait_dead(directory: Path) -> list[tuple[str, int]]:
+        """Processes of a sandbox that did not answer which still live; waits a moment for those that are dying."""
+        end = time.monotonic() + _DYING_S
+        while (left := api.remains(directory)) and not api.is_alive(directory) and time.monotonic() < end:
+            time.sleep(0.02)
+        return left
+
+
+def _params(lease: Lease) -> dict[str, Any]:
+    """The fault's parameters in the sandbox's units."""
+    given = {name: value for name, value in lease.params.items() if value is not None}
+    if lease.kind == "network_latency":
+        return {"latency_ms": given["latency_s"] * 1000, "jitter_ms": given.get("jitter_s", 0.0) * 1000}
+    if lease.kind == "pod_delete" and "signal" in given:
+        given["signal"] = f"SIG{given['signal'].upper()}"
+    return given
+
+
+def _round_trips(client: api.SandboxClient, lease: Lease) -> dict[str, float | None]:
+    """Seconds of one request through each link; None = no answer. All at once: a partition is waited out only once."""
+    timeout_s = _SILENCE_S
+    if lease.kind == "network_latency":
+        timeout_s = min(1.0, lease.params["latency_s"] * 1.5 + 0.1)
+
+    def measure(link: str) -> float | None:
+        return client.link_round_trip(link, timeout_s)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        answers = pool.map(measure, lease.targets)
+        return dict(zip(lease.targets, answers, strict=True))
+
+
+def _confirmed(lease: Lease, fault: dict[str, Any], trips: dict[str, float | None]) -> bool:
+    """Whether our own look at the target agrees with what the sandbox says of it."""
+    target: str = fault["target"]
+    if lease.kind == "network_latency":
+        least_s = 0.9 * (lease.params["latency_s"] - lease.params.get("jitter_s", 0.0))
+        return (seconds := trips[target]) is None or seconds >= least_s
+    if lease.kind == "network_partition":
+        return trips[target] is None
+    if lease.kind == "network_loss":
+        return True  # one request may get through; the proxy's count of lost chunks is the evidence
+    before = lease.undo.get("processes", {}).get(target)
+    return before is None or not lives(before["pid"], before["create_time"])
+
+
+def _trip_line(link: str, seconds: float | None) -> str:
+    said = "does not answer" if seconds is None else f"answers in {seconds * 1000:.1f} ms"
+    return f"{link} {said} (GET /healthz through the link)"
+
+
+def _dead_line(lease: Lease, directory: Path) -> str:
+    pid = lease.undo.get("supervisor", {}).get("pid")
+    who = f"supervisor pid {pid}" if pid else "the supervisor"
+    return f"{who} is gone and no process of the sandbox in {directory} is left: no fault can be there"
+
+
+def _people(processes: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} (pid {pid})" for name, pid in processes)

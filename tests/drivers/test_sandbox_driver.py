@@ -1,0 +1,180 @@
+"""The sandbox driver's contract on a real sandbox: verbs that may come twice, late, early, or from somebody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlchaos_dagster.domain.environment import Target
+from mlchaos_dagster.drivers.sandbox import SandboxDriver
+from mlchaos_dagster.engine.ports import Lease, Owner
+from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, RecoverFailed
+from mlchaos_dagster.sandbox import api
+
+pytestmark = pytest.mark.timeout(60)
+
+STORE = "gateway->feature-store"
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pod_delete": ("inference-1", {"interval_s": None, "signal": "kill"}),
+    "pod_failure": ("inference-1", {}),
+    "network_latency": (STORE, {"latency_s": 0.2, "jitter_s": 0.01}),
+    "network_loss": (STORE, {"fraction": 0.9}),
+    "network_partition": (STORE, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    directory = tmp_path_factory.mktemp("driver")
+    try:
+        api.up(directory, api.SandboxConfig(replicas=1, backoff_max_s=0.3))
+        yield directory
+    finally:
+        evidence = api.down(directory)
+    assert evidence["clean"]
+
+
+@pytest.fixture
+def driver(home: Path) -> SandboxDriver:
+    _eventually(lambda: (api.status(home) or {}).get("ready"), 20)
+    return SandboxDriver(home)
+
+
+def _eventually(condition: Any, bound_s: float = 5.0) -> None:
+    end = time.monotonic() + bound_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {bound_s} s"
+        time.sleep(0.02)
+
+
+def _lease(driver: SandboxDriver, kind: str) -> Lease:
+    target, params = FAULTS[kind]
+    now = time.time()
+    return Lease(
+        id=f"mlchaos-test-{uuid.uuid4().hex[:10]}",
+        run_id="run",
+        experiment="test",
+        environment="sandbox",
+        driver="sandbox",
+        kind=kind,
+        targets=(target,),
+        params=params,
+        undo=driver.undo(kind, (target,), params),
+        duration_s=30,
+        opened_wall=now,
+        deadline_wall=now + 30,
+        owner=Owner(os.getpid(), 0.0, "", ""),
+        token=1,
+    )
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_inject_is_seen_and_recover_twice_is_clean(driver: SandboxDriver, kind: str) -> None:
+    lease = _lease(driver, kind)
+    before = driver.active(lease)
+    assert not before.present and not before.effective
+    driver.inject(lease)
+    try:
+        _eventually(lambda: driver.active(lease).effective)
+        seen = driver.active(lease)
+        assert seen.present and seen.lines
+        if kind.startswith("pod"):
+            pid = lease.undo["processes"]["inference-1"]["pid"]
+            assert not psutil.pid_exists(pid)
+            assert any(f"pid {pid} is gone" in line for line in seen.lines)
+    finally:
+        driver.recover(lease)
+    driver.recover(lease)
+    after = driver.active(lease)
+    assert not after.present and not after.effective
+    with pytest.raises(InjectFailed, match="never inject again"):
+        driver.inject(lease)
+    assert not driver.active(lease).present
+
+
+@pytest.mark.parametrize("kind", ["pod_failure", "network_partition"])
+def test_recover_without_inject_keeps_a_late_inject_out(driver: SandboxDriver, kind: str) -> None:
+    lease = _lease(driver, kind)
+    driver.recover(lease)
+    with pytest.raises(InjectFailed):
+        driver.inject(lease)
+    assert not driver.active(lease).present
+
+
+def test_recover_from_another_process(driver: SandboxDriver) -> None:
+    lease = _lease(driver, "pod_failure")
+    driver.inject(lease)
+    code = (
+        "import sys; from dataclasses import replace; from mlchaos_dagster.engine.ports import Lease, Owner\n"
+        "from mlchaos_dagster.drivers.sandbox import SandboxDriver\n"
+        "lease = Lease(id=sys.argv[1], run_id='', experiment='', environment='', driver='', kind='pod_failure',"
+        " targets=(), params={}, undo={}, duration_s=0, opened_wall=0, deadline_wall=0, owner=Owner(0, 0, '', ''))\n"
+        "SandboxDriver(sys.argv[2]).recover(lease)"
+    )
+    subprocess.run([sys.executable, "-c", code, lease.id, str(driver.directory)], check=True, timeout=20)
+    assert not driver.active(lease).present
+
+
+def test_resolves_globs_to_sorted_names(driver: SandboxDriver) -> None:
+    assert driver.resolve(Target(select="inference-*")) == ("inference-1",)
+    assert driver.resolve(Target(select="gateway->*")) == (STORE, "gateway->inference-1")
+    assert driver.resolve(Target(select="*")) == (
+        "feature-store",
+        "gateway",
+        STORE,
+        "gateway->inference-1",
+        "inference-1",
+    )
+    assert driver.resolve(Target(select="nothing-*")) == ()
+
+
+def test_a_passed_deadline_and_an_unknown_target_inject_nothing(driver: SandboxDriver) -> None:
+    late = replace(_lease(driver, "pod_failure"), deadline_wall=time.time() - 1)
+    with pytest.raises(InjectFailed, match="deadline"):
+        driver.inject(late)
+    wrong = replace(_lease(driver, "pod_failure"), targets=("inference-9",))
+    with pytest.raises(InjectFailed, match="inference-9"):
+        driver.inject(wrong)
+    assert not driver.active(late).present and not driver.active(wrong).present
+
+
+def test_a_dead_sandbox_is_clean_and_says_so(tmp_path: Path) -> None:
+    try:
+        supervisor = api.up(tmp_path, api.SandboxConfig(replicas=1))["supervisor"]["pid"]
+        driver = SandboxDriver(tmp_path)
+        lease = _lease(driver, "network_partition")
+        driver.inject(lease)
+
+        os.kill(supervisor, signal.SIGSTOP)  # alive, but nobody answers: unknown is not clean
+        with pytest.raises(DriverUnavailable, match="alive"):
+            driver.active(lease)
+        with pytest.raises(RecoverFailed, match="alive"):
+            driver.recover(lease)
+
+        os.kill(supervisor, signal.SIGKILL)
+        driver.recover(lease)
+        driver.recover(lease)
+        evidence = driver.active(lease)
+        assert not evidence.present and not evidence.effective
+        assert str(supervisor) in evidence.lines[0] and "gone" in evidence.lines[0]
+        with pytest.raises(DriverUnavailable):
+            driver.inject(lease)
+        with pytest.raises(DriverUnavailable):
+            driver.resolve(Target(select="*"))
+
+        api.up(tmp_path)  # a new life in the same place still refuses it
+        with pytest.raises(InjectFailed, match="never inject again"):
+            driver.inject(lease)
+    finally:
+        assert api.down(tmp_path)["clean"]
