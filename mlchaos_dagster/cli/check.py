@@ -1,0 +1,48 @@
+"""`mlchaos check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlchaos_dagster.cli.app import common, current, leave
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@click.command("check")
+@click.argument("files", nargs=-1, metavar="[FILES]")
+@click.option("--alone", is_flag=True, help="Look at the files only, not at what the environment offers.")
+@common
+def command(files: tuple[str, ...], alone: bool) -> None:
+    """Check spec files (folders are searched); without FILES the whole library.
+
+    Prints one line for each problem, `file:line:column  path: what is wrong`, and exits with 2 when there is any.
+    """
+    app = current()
+    paths = None if not files else [p for f in files for p in _expand(Path(f))]
+    if paths is not None:
+        paths = list(dict.fromkeys(paths))
+    found = app.catalog.check(None if alone else app.environment, paths)
+    app.dump(
+        {
+            "files": found.files,
+            "wrong_files": found.wrong_files,
+            "problems": [{"where": p.where, "what": p.what} for p in found.problems],
+        }
+    )
+    for problem in found.problems:
+        app.out(str(problem))
+    n = len(found.problems)
+    if n:
+        problems = "1 problem" if n == 1 else f"{n} problems"
+        app.out(f"{problems} in {found.wrong_files} of {found.files} file{'s' * (found.files != 1)}")
+        leave(2)
+    app.out(f"{found.files} file{'s' * (found.files != 1)}, no problems")
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and "schemas" not in p.parts)

@@ -1,0 +1,99 @@
+"""`mlchaos sandbox up|down|status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlchaos_dagster.cli.app import App, common, current, leave, table
+from mlchaos_dagster.errors import ConfigError, SpecError, StoreError
+
+
+@click.group("sandbox")
+@common
+def command() -> None:
+    """Start, stop and look at the embedded ML platform of an environment."""
+
+
+@command.command("up")
+@common
+def up() -> None:
+    """Start the platform and wait until it is ready; one that is up already is left as it is."""
+    from mlchaos_dagster.sandbox import api
+
+    app = current()
+    options = app.environment.sandbox
+    if options is None:
+        raise SpecError(
+            f"the environment {app.environment.name} has no sandbox. Allowed: environments with sandbox: …",
+            "--environment",
+        )
+    try:
+        config = api.SandboxConfig(replicas=options.replicas, mechanisms=dict(options.mechanisms))
+        found = api.up(_directory(app), config)
+    except api.SandboxConfigError as e:
+        raise ConfigError(f"sandbox: {e}") from e
+    except api.SandboxError as e:
+        raise StoreError(f"sandbox: {e}") from e
+    _show(app, found)
+
+
+@command.command("down")
+@common
+def down() -> None:
+    """Stop the platform and prove that no process of it is left. Exits with 70 when one is."""
+    from mlchaos_dagster.sandbox import api
+
+    app = current()
+    try:
+        found = api.down(_directory(app))
+    except api.SandboxError as e:
+        raise StoreError(f"sandbox: {e}") from e
+    app.dump(found)
+    gone = [p for p in found["processes"] if p["gone"]]
+    left = [p for p in found["processes"] if not p["gone"]]
+    if not found["was_up"] and not found["processes"]:
+        app.out("no sandbox is up")
+    else:
+        app.out(f"down: {len(gone)} processes gone ({', '.join(str(p['pid']) for p in gone)}), {len(left)} left")
+    for process in left:
+        app.out(f"still there: {process['name']} pid {process['pid']}; kill -9 {process['pid']}")
+    if not found["clean"]:
+        leave(70)
+
+
+@command.command("status")
+@common
+def status() -> None:
+    """Show each process with role, pid, readiness and faults, as the processes themselves say. Exits with 1 when down."""
+    from mlchaos_dagster.sandbox import api
+
+    app = current()
+    try:
+        found = api.status(_directory(app))
+    except api.SandboxError as e:
+        raise StoreError(f"sandbox: {e}") from e
+    if found is None:
+        app.dump({"up": False, "processes": [], "faults": []})
+        app.out("no sandbox is up; `mlchaos sandbox up` starts one, and so does `mlchaos run`")
+        leave(1)
+    _show(app, found)
+
+
+def _directory(app: App) -> Path:
+    return app.settings.home.sandbox(app.environment.name)
+
+
+def _show(app: App, found: dict[str, Any]) -> None:
+    app.dump({"up": True, **found})
+    rows = [
+        (p["name"], p.get("role", ""), str(p.get("pid") or "–"), "ready" if p["ready"] else f"not ready: {p['reason']}")
+        for p in found["processes"]
+    ]
+    app.out(table(("PROCESS", "ROLE", "PID", "STATE"), rows))
+    for fault in found.get("faults", []):
+        app.out(f"fault: {fault['kind']} on {fault['target']}, lease {fault['lease_id']}")
+    if not found.get("faults"):
+        app.out("no fault is active")
