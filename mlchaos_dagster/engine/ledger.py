@@ -229,6 +229,10 @@ class FileLedger:
         entry = self._files.find(lease_id)
         return None if entry is None else self._files.try_load(entry)
 
+    def is_open(self, lease_id: str) -> bool:
+        """Whether there is an open lease of this id, readable or not."""
+        return self._files.find(lease_id) is not None
+
     def unreadable(self) -> tuple[str, ...]:
         """Paths in `open/` that should be leases and cannot be read. Half-written temp files are none of them."""
         bad: list[str] = []

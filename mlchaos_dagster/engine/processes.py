@@ -45,18 +45,21 @@ class SystemProcesses:
     """The real ones."""
 
     def is_local(self, owner: Owner) -> bool:
+        """See `is_local`."""
         return is_local(owner)
 
     def is_running(self, owner: Owner) -> bool:
+        """See `is_running`."""
         return is_running(owner)
 
     def kill(self, owner: Owner) -> bool:
+        """See `kill`."""
         return kill(owner)
 
 
 @functools.cache
 def host() -> str:
-    """This host's name; inside a container with its pid namespace, since pids mean nothing outside of it."""
+    """Name of this host; inside a container with its pid namespace, since pids mean nothing outside of it."""
     name = socket.gethostname()
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -79,7 +82,7 @@ def boot_id() -> str:
 
 
 def current_owner() -> Owner:
-    """This process. Not cached: a fork is another process."""
+    """The calling process. Not cached: a fork is another process."""
     pid = os.getpid()
     return Owner(pid=pid, started=_started(pid) or 0.0, boot_id=boot_id(), host=host())
 
