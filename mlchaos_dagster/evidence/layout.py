@@ -83,14 +83,23 @@ def bands_of(record: RunRecord, end_s: float) -> list[Band]:
     return bands
 
 
-def marks_of(record: RunRecord, verdict: Verdict) -> list[Mark]:
-    """The moments worth a line, in time order, labelled with the time on the picture's axis."""
+def marks_of(record: RunRecord, verdict: Verdict, first_bad_s: float | None = None) -> list[Mark]:
+    """The moments worth a line, in time order, labelled with the time on the picture's axis.
+
+    Args:
+        record: whose moments.
+        verdict: for the recovery.
+        first_bad_s: the first bad request, where the watch loop had no reason to note it.
+    """
     zero = origin_of(record)
     marks: list[Mark] = []
     for name, label, kind in _MARKS:
         t = record.moment(name)
-        if t is None and name == "steady_again":
+        if name == "steady_again":
+            # The table's number, not the moment at which the watch loop was sure of it.
             t = _steady(record, verdict)
+        elif name == "first_bad" and t is None and first_bad_s is not None:
+            t = first_bad_s
         if t is None or (record.shadow and kind != "bad"):
             continue
         shown = "" if name == "injected" else f" {_on_axis(t - zero)}"
@@ -120,12 +129,26 @@ def _on_axis(seconds: float) -> str:
     return f"{seconds:.2f} s".replace("-", "−")
 
 
-def _steady(record: RunRecord, verdict: Verdict) -> float | None:
-    recovery = verdict.recovery
-    if recovery.steady_s is None or "steady" in recovery.censored or not record.window:
+def removed_at(record: RunRecord) -> float | None:
+    """When the fault was proven gone, else when it was asked to go; None when there was no window."""
+    clean = record.moment("proven_clean")
+    return clean if clean is not None else record.window.end if record.window else None
+
+
+def recovery_origin(record: RunRecord) -> float | None:
+    """From when recovery counts, as in the judgement: the removal; for a single kill the kill itself."""
+    if record.window is None:
         return None
-    removed = record.moment("proven_clean")
-    return (removed if removed is not None else record.window.end) + recovery.steady_s
+    fault = record.experiment.fault
+    single = fault.kind == "pod_delete" and fault.interval is None
+    return record.window.start if single else record.window.end
+
+
+def _steady(record: RunRecord, verdict: Verdict) -> float | None:
+    recovery, origin = verdict.recovery, recovery_origin(record)
+    if recovery.steady_s is None or "steady" in recovery.censored or origin is None:
+        return None
+    return origin + recovery.steady_s
 
 
 def _targets(record: RunRecord) -> str:

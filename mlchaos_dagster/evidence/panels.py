@@ -3,6 +3,10 @@
 A panel knows nothing of the figure around it; it draws on the axes it is given.
 """
 
+# matplotlib and numpy type parts of themselves as unknown; what is ours is still checked.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -40,6 +44,7 @@ class X:
     end: float
 
     def __call__(self, t: Any) -> Any:
+        """One instant, or an array of them."""
         return (t - self.zero) / self.scale
 
 

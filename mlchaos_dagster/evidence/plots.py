@@ -4,6 +4,10 @@ matplotlib is imported when a picture is drawn and used without pyplot (no globa
 SVG keeps its text as text and its colours as CSS variables: it follows the reader's light or dark page.
 """
 
+# matplotlib and numpy type parts of themselves as unknown; what is ours is still checked.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import io
@@ -15,7 +19,7 @@ from mlchaos_dagster.domain.record import RunRecord, Samples, Verdict
 from mlchaos_dagster.evidence.layout import Band, Mark, bands_of, marks_of, origin_of, rows_of
 from mlchaos_dagster.evidence.palette import DARK, LIGHT, variables, with_variables
 from mlchaos_dagster.evidence.panels import Panel, X, panels_of
-from mlchaos_dagster.evidence.series import blind_spans, extent
+from mlchaos_dagster.evidence.series import blind_spans, extent, first_bad
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +30,7 @@ _GAP_IN, _BOTTOM_IN, _TOP_IN = 0.34, 0.52, 0.06
 _ROW_IN, _BAND_IN = 0.165, 0.24
 _CHAR_IN = 0.072
 """Width of a character of the labels (8 pt DejaVu Sans), a little generous."""
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "hatch.linewidth": 0.8,
     "svg.fonttype": "none",
@@ -50,7 +54,7 @@ def picture_svg(record: RunRecord, samples: Samples, verdict: Verdict) -> str:
         figure = _draw(record, samples, verdict)
         canvas = FigureCanvasSVG(figure)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        canvas.print_svg(out, metadata=nothing)  # pyright: ignore[reportUnknownMemberType]
+        canvas.print_svg(out, metadata=nothing)
     svg = out.getvalue()
     svg = with_variables(svg[svg.index("<svg") :])
     svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
@@ -115,11 +119,11 @@ def _draw(record: RunRecord, samples: Samples, verdict: Verdict) -> Figure:
 
     span = extent(record, samples)
     zero = origin_of(record)
-    scale, unit = (60.0, "min") if span.length > 600 else (1.0, "s")
+    scale, unit = (60.0, "minutes") if span.length > 600 else (1.0, "seconds")
     margin = 0.012 * span.length
     axis = X(zero, scale, span.start - margin, span.end + margin)
     panels = panels_of(record, samples, verdict, span)
-    marks = marks_of(record, verdict)
+    marks = marks_of(record, verdict, first_bad(record, samples) if verdict.held is False else None)
     bands = bands_of(record, span.end)
 
     plot_in = _WIDTH_IN - _LEFT_IN - _RIGHT_IN

@@ -4,6 +4,10 @@ Bins start at the injection, so that no bin mixes what was before the fault with
 probe sent too late are left out, as they are in the judgement: the picture and the table show the same census.
 """
 
+# matplotlib and numpy type parts of themselves as unknown; what is ours is still checked.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+# pyright: reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -93,7 +97,7 @@ def request_series(
     width = width_s or bin_width(span.length)
     first = anchor_s - math.ceil((anchor_s - span.start) / width - 1e-9) * width
     n = max(1, math.ceil((span.end - first) / width - 1e-9))
-    edges = first + width * np.arange(n + 1)
+    edges: FloatArray = first + width * np.arange(n + 1, dtype=np.float64)
     due = np.array([r.due_s for r in requests], dtype=np.float64)
     late = np.array([r.sent_s - r.due_s > max_lateness_s for r in requests], dtype=np.bool_)
     inside = (due >= edges[0]) & (due < edges[-1]) & ~late
@@ -170,6 +174,25 @@ def blind_spans(record: RunRecord, samples: Samples) -> list[Span]:
             if not any(g.start < silence.end and silence.start < g.end for g in samples.gaps):
                 spans.append(silence)
     return sorted(spans, key=lambda s: s.start)
+
+
+def first_bad(record: RunRecord, samples: Samples) -> float | None:
+    """When the first request of the window was due that failed or was slower than a latency objective allows."""
+    if record.window is None:
+        return None
+    slis = record.environment.slis
+    limits = [
+        o.limit.value
+        for o in record.experiment.steady_state
+        if not o.floor and o.sli in slis and str(slis[o.sli].measure).startswith("latency_p")
+    ]
+    slowest, late = min(limits, default=math.inf), record.environment.sampling.max_lateness
+    bad = (
+        r.due_s
+        for r in samples.requests_due(record.window)
+        if r.sent_s - r.due_s <= late and (not r.ok or r.done_s - r.due_s >= slowest)
+    )
+    return min(bad, default=None)
 
 
 def _path(request: RequestSample) -> str:

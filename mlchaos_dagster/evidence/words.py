@@ -1,0 +1,312 @@
+"""The sentences: what a verdict means, in words, the decisive one first.
+
+Everything here is text made of a record and its verdict. The terminal, the report and Dagster say the same thing
+because they all ask here.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timezone
+
+from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.domain.record import RunRecord, Verdict
+from mlchaos_dagster.domain.units import show_duration, show_percent
+from mlchaos_dagster.evidence.rows import BREAKER_STATES, shown_name, size_text
+
+GLYPHS = {
+    Outcome.HELD: "✔",
+    Outcome.DEVIATED: "✘",
+    Outcome.ABORTED: "■",
+    Outcome.REFUSED: "⊘",
+    Outcome.INCONCLUSIVE: "?",
+    Outcome.UNCLEAN: "‼",
+    Outcome.ERROR: "!",
+}
+PARTS = ("detect", "reschedule", "ready", "steady")
+
+
+def shown_outcome(record: RunRecord, verdict: Verdict) -> str:
+    """The outcome's name; `SHADOW-HELD` where nothing was injected on purpose, so that it never counts as HELD."""
+    return f"SHADOW-{verdict.outcome.value}" if record.shadow else verdict.outcome.value
+
+
+def headline(record: RunRecord, verdict: Verdict) -> str:
+    """`HELD  serving-pod-failure · sandbox`."""
+    return f"{shown_outcome(record, verdict)}  {record.experiment.name} · {record.environment.name}"
+
+
+def explanation(record: RunRecord, verdict: Verdict) -> list[str]:
+    """Why this outcome, one sentence each, the decisive one first. Never empty."""
+    said: list[str] = []
+    {
+        Outcome.HELD: _held,
+        Outcome.DEVIATED: _deviated,
+        Outcome.ABORTED: _aborted,
+        Outcome.REFUSED: _refused,
+        Outcome.INCONCLUSIVE: _inconclusive,
+        Outcome.UNCLEAN: _unclean,
+        Outcome.ERROR: _error,
+    }[verdict.outcome](record, verdict, said)
+    if record.shadow and not any("shadow" in s.lower() for s in said):
+        said.append("Shadow run: nothing was injected; it shows the guards and the measurements, not the system.")
+    return [in_words(s) for s in said]
+
+
+def recovery_line(verdict: Verdict) -> str:
+    """`detect 0.3 s · ready 2.1 s · steady > 30 s (not seen)`; empty when recovery was not measured."""
+    recovery = verdict.recovery
+    parts: list[str] = []
+    for name in PARTS:
+        value: float | None = getattr(recovery, f"{name}_s")
+        if value is not None:
+            censored = name in recovery.censored
+            parts.append(f"{name} {'> ' if censored else ''}{show_duration(value)}{' (not seen)' if censored else ''}")
+    return " · ".join(parts)
+
+
+def clean_line(record: RunRecord) -> str:
+    """What was read back from the target once the fault was gone; empty when nothing was ever injected."""
+    if record.clean is None:
+        return "" if not injected(record) else "not proven: nothing could be read back"
+    said = ", ".join(record.clean.evidence) or "read back from the target, nothing more was said"
+    return said if record.clean.proven else f"NOT PROVEN: {said}"
+
+
+def detectable_lines(record: RunRecord, verdict: Verdict) -> list[str]:
+    """What this window could have seen at all, for every SLI with an objective."""
+    said: list[str] = []
+    for objective in record.experiment.steady_state:
+        result = verdict.slis.get(objective.sli)
+        if result is None or result.detectable is None:
+            continue
+        change = "drop" if objective.floor else "rise"
+        size = size_text(result.detectable, result.unit)
+        name = shown_name(objective.sli)
+        said.append(f"With this window the smallest {change} of {name} that would have been seen is {size}.")
+    return said
+
+
+def measurement_notes(record: RunRecord, verdict: Verdict) -> list[str]:
+    """What a careful reader must know about the numbers: late requests, intervals not to be trusted, scaling."""
+    notes: list[str] = []
+    for name, result in verdict.slis.items():
+        if result.why and result.effect is not None:
+            notes.append(f"{shown_name(name)}: {result.why}")
+    late = max((r.late for r in verdict.slis.values()), default=0)
+    if late:
+        limit = show_duration(record.environment.sampling.max_lateness)
+        notes.append(f"{late} requests left the probe more than {limit} late and were left out")
+    asked = record.experiment.duration
+    if record.window is not None and record.window_s and record.window_s < asked - 1e-6:
+        notes.append(
+            f"the window was shortened here from {show_duration(asked)} to {show_duration(record.window_s)} "
+            f"(duration_scale {record.environment.duration_scale:g})"
+        )
+    return list(dict.fromkeys(notes))
+
+
+def expectation_words(text: str) -> str:
+    """An expectation with the breaker's states by name: `breaker_state reaches 2` → `… reaches open`."""
+    if "breaker_state" not in text:
+        return text
+
+    def name(match: re.Match[str]) -> str:
+        return f"{match[1]}{BREAKER_STATES.get(float(match[2]), match[2])}"
+
+    return re.sub(r"(\b(?:reaches|stays at|was|to|and) )([012])(?![\d.%])", name, text)
+
+
+def in_words(sentence: str) -> str:
+    """A sentence of the judgement for people: states by name, a full stop at the end."""
+    sentence = expectation_words(sentence.strip())
+    return sentence if not sentence or sentence[-1] in ".!?:" else sentence + "."
+
+
+def injected(record: RunRecord) -> bool:
+    """Whether a fault may have touched the target in this run."""
+    return not record.shadow and any(m.name == "inject_requested" for m in record.moments)
+
+
+def total_s(record: RunRecord) -> float:
+    """Length of the run as far as its record tells, guards included."""
+    return max(
+        [record.guards_s, *(m.t for m in record.moments), *(s.end for s in (record.baseline, record.after) if s)]
+    )
+
+
+def when(record: RunRecord, t: float = 0.0) -> str:
+    """An instant of the run as UTC time of day and date."""
+    return datetime.fromtimestamp(record.wall(t), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def iso(record: RunRecord, t: float | None) -> str | None:
+    """An instant of the run as ISO 8601 with milliseconds; None stays None."""
+    if t is None:
+        return None
+    moment = datetime.fromtimestamp(record.wall(t), timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def target_text(record: RunRecord) -> str:
+    """`inference-1 (1 of 3)`; the logical target where nothing was resolved."""
+    fault = record.fault
+    if fault is None or not fault.targets:
+        return record.experiment.target
+    shown = ", ".join(fault.targets[:6]) + (f" and {len(fault.targets) - 6} more" if len(fault.targets) > 6 else "")
+    return f"{shown} ({len(fault.targets)} of {fault.existing})" if fault.existing else shown
+
+
+def blast_text(record: RunRecord) -> str:
+    """Blast radius asked for and taken."""
+    radius = record.experiment.blast_radius
+    asked = f"{radius.count} targets" if radius.count is not None else show_percent(radius.fraction, 0)
+    said = f"asked {asked}, at most {radius.max_targets}"
+    if record.fault is None:
+        return said + "; nothing was taken"
+    taken = f"{len(record.fault.targets)} of {record.fault.existing}" if record.fault.existing else "unknown"
+    return f"{said}; taken {taken}" + (" (shadow: not touched)" if record.shadow else "")
+
+
+def again_command(record: RunRecord) -> str:
+    """The command that runs this experiment again."""
+    shadow = " --shadow" if record.shadow else ""
+    return f"mlchaos run {record.experiment.name} --environment {record.environment.name}{shadow}"
+
+
+def clear_command(record: RunRecord) -> str:
+    """The one command that takes the fault away when a run is UNCLEAN."""
+    if record.clean is not None and record.clean.command:
+        return record.clean.command
+    return f"mlchaos recover --environment {record.environment.name}"
+
+
+def unclean_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What somebody needs who must end a fault now: label and value."""
+    fault = record.fault
+    return [
+        ("lease", fault.lease_id if fault and fault.lease_id else "unknown; see mlchaos status"),
+        ("fault", f"{fault.kind} by {fault.backend}" if fault else record.experiment.fault.kind),
+        ("target", target_text(record)),
+        ("type now", clear_command(record)),
+        ("call", record.experiment.owner),
+    ]
+
+
+# ---- one function per outcome
+
+
+def _held(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    for reason in verdict.reasons:
+        _add(said, reason)
+    if not said:
+        seen = record.fault.evidence[0] if record.fault and record.fault.evidence else "seen at the target"
+        _add(said, f"The fault fired ({seen}) and every objective held.")
+
+
+def _deviated(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    for reason in verdict.reasons:
+        _add(said, reason)
+    for name, result in verdict.slis.items():
+        if result.met is False and not _mentions(said, name):
+            _add(said, f"{name} broke its objective {result.slo}".rstrip())
+    for e in verdict.expectations:
+        if e.seen is False and not any(e.expected in s for s in said):
+            _add(said, f"Expected and not seen: {e.expected}; {e.saw}")
+    if not said:
+        _add(said, "A promise broke")
+    if record.experiment.teeth is not None:
+        mechanism = record.experiment.teeth.mechanism
+        _add(said, f"This experiment validates the mechanism “{mechanism}”: look there first")
+
+
+def _aborted(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    abort = record.abort
+    for reason in verdict.reasons:
+        _add(said, reason)
+    if abort is None:
+        return _add(said, "The run was stopped early") if not said else None
+    if not _mentions(said, abort.reason):
+        said.insert(0, abort.reason)
+    if not injected(record):
+        return _add(said, "Nothing had been injected")
+    gone = (
+        "the fault was not proven gone"
+        if abort.seconds is None
+        else f"breach → clean in {show_duration(max(0.0, abort.seconds))}"
+    )
+    first = ""
+    if abort.first_bad_at is not None and abort.breach_at > abort.first_bad_at:
+        first = f"; first bad {show_duration(abort.breach_at - abort.first_bad_at)} before that decision"
+    return _add(said, f"Stopped by {_CAUSES.get(abort.cause, abort.cause)}: {gone}{first}")
+
+
+_CAUSES = {
+    "limit": "an abort limit",
+    "blind": "a lost measurement",
+    "stop": "a stop request",
+    "signal": "a signal (Ctrl-C or terminate)",
+    "lever": "the emergency lever",
+    "dagster": "Dagster (the run was terminated)",
+    "watcher": "the loss of the watchdog",
+    "fenced": "whoever took its lease over",
+    "error": "an error",
+    "budget": "the error budget",
+}
+
+
+def _refused(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    failed = [g for g in record.guards if not g.passed]
+    for guard in failed:
+        needs = f" To be let through it needs {guard.needs}." if guard.needs else ""
+        _add(said, f"The guard “{guard.name}” refused: it saw {guard.saw}.{needs}")
+    for reason in verdict.reasons:
+        if not any(g.saw in reason for g in failed):
+            _add(said, reason)
+    if not said:
+        _add(said, "A guard said no")
+    if verdict.advice and not any(g.needs and g.needs in verdict.advice for g in failed):
+        _add(said, verdict.advice)
+    if not _mentions(said, "nothing was injected"):
+        _add(said, "Nothing was injected")
+
+
+def _inconclusive(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    for reason in verdict.reasons:
+        _add(said, reason)
+    if not said:
+        _add(said, "Something that a verdict needs was not seen")
+    if verdict.advice:
+        _add(said, f"How to see it: {verdict.advice}")
+
+
+def _unclean(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    said.append("THE FAULT MAY STILL BE LIVE.")
+    for reason in verdict.reasons:
+        _add(said, reason)
+    if record.error:
+        _add(said, record.error)
+
+
+def _error(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
+    for reason in verdict.reasons or ("An error of ours; see the log",):
+        _add(said, reason)
+    if record.error and not _mentions(said, record.error):
+        _add(said, record.error)
+    if not injected(record):
+        _add(said, "Nothing was injected")
+    elif record.clean is not None and record.clean.proven:
+        _add(said, "The target was proven clean; nothing is left behind")
+
+
+def _add(said: list[str], sentence: str) -> None:
+    """Append, unless the same was said already."""
+    sentence = sentence.strip()
+    plain = sentence.rstrip(".").lower()
+    if plain and not any(plain in s.lower() for s in said):
+        said.append(sentence)
+
+
+def _mentions(said: list[str], word: str) -> bool:
+    word = word.rstrip(".").lower()
+    return any(word in s.lower() or shown_name(word) in s.lower() for s in said)
