@@ -100,17 +100,19 @@ class World:
     calls: int = 0
     crash_at: int | None = None
     fail_at: int | None = None
-    """The k-th port call raises a driver error instead."""
+    """The k-th driver call raises an error instead."""
+    driver_calls: int = 0
     at: dict[float, Callable[[World], None]] = field(default_factory=dict)
     _recovered: float = -1e9
     rng: random.Random = field(default_factory=lambda: random.Random(1))
 
-    def call(self) -> None:
-        """Every port call of the owner passes here."""
+    def call(self, driver: bool = False) -> None:
+        """Every port call of the owner passes here; only drivers may raise errors (the contract of the ports)."""
         self.calls += 1
         if self.crash_at is not None and self.calls == self.crash_at:
             raise Crash(f"at call {self.calls}")
-        if self.fail_at is not None and self.calls == self.fail_at:
+        self.driver_calls += driver
+        if driver and self.driver_calls == self.fail_at:
             raise DriverUnavailable("no answer", driver="fake", verb=f"call {self.calls}")
         for when in [w for w in self.at if w <= self.clock.t]:
             self.at.pop(when)(self)
@@ -133,30 +135,30 @@ class FakeDriver:
         self.world = world
 
     def resolve(self, target: Target) -> tuple[str, ...]:
-        self.world.call()
+        self.world.call(driver=True)
         return tuple(f"replica-{i}" for i in range(1, self.world.replicas + 1))
 
     def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any]) -> dict[str, Any]:
-        self.world.call()
+        self.world.call(driver=True)
         return {"before": list(targets)}
 
     def inject(self, lease: Lease) -> None:
-        self.world.call()
+        self.world.call(driver=True)
         if lease.id in self.world.fenced:
             raise InjectFailed("fenced", driver="fake", verb="inject", lease_id=lease.id)
         self.world.injections.append(lease.id)
         self.world.faults[lease.id] = lease
-        self.world.call()  # may be lost after the effect, before the reply
+        self.world.call(driver=True)  # may be lost after the effect, before the reply
 
     def recover(self, lease: Lease) -> None:
-        self.world.call()
+        self.world.call(driver=True)
         self.world.fenced.add(lease.id)
         if self.world.faults.pop(lease.id, None):
             self.world._recovered = self.world.clock.t
-        self.world.call()
+        self.world.call(driver=True)
 
     def active(self, lease: Lease) -> Evidence:
-        self.world.call()
+        self.world.call(driver=True)
         present = lease.id in self.world.faults
         return Evidence(
             present=present, effective=present and self.world.effective, lines=("on" if present else "nothing left",)

@@ -36,16 +36,16 @@ class AllDead:
         return True
 
 
-def total_calls(tmp_path: Path) -> int:
+def one_run(tmp_path: Path) -> World:
     world = World()
     run_experiment(build(tmp_path / "count", world, **SHORT))
     assert world.injections
-    return world.calls
+    return world
 
 
 @pytest.mark.req("RX-01")
 def test_losing_the_process_at_every_call(tmp_path: Path) -> None:
-    calls = total_calls(tmp_path)
+    calls = one_run(tmp_path).calls
     left_for_the_sweeper = 0
     for k in range(1, calls + 1):
         world = World(crash_at=k)
@@ -62,20 +62,20 @@ def test_losing_the_process_at_every_call(tmp_path: Path) -> None:
         assert not world.faults or open_leases, f"call {k}: a fault is active and no lease is open"
         left_for_the_sweeper += bool(world.faults)
         world.crash_at = None
-        sweep(
+        results = sweep(
             ledger,
-            lambda name: FakeDriver(world),
+            lambda name, environment: FakeDriver(world),
             world.clock,
             IncidentLog(home / "incidents.jsonl", world.clock),
             processes=AllDead(),
         )
-        assert not world.faults and not ledger.leases(), f"call {k}: the sweeper left something"
+        assert not world.faults and not ledger.leases(), f"call {k}: the sweeper left something: {results}"
     assert left_for_the_sweeper > 5, "no crash hit the window: this test shows nothing"
 
 
 @pytest.mark.req("RX-01")
 def test_a_driver_error_at_every_call(tmp_path: Path) -> None:
-    for k in range(1, total_calls(tmp_path) + 1):
+    for k in range(1, one_run(tmp_path).driver_calls + 1):
         world = World(fail_at=k)
         run = build(tmp_path / f"fail-{k}", world, **SHORT)
         try:
