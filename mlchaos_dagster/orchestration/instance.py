@@ -1,0 +1,62 @@
+"""The Dagster instance of the state directory: the one that `dagster dev` in the project uses, from any directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import yaml
+from dagster._core.instance.ref import InstanceRef
+
+from mlchaos_dagster.errors import ConfigError
+from mlchaos_dagster.settings import Home
+
+
+def open_instance(home: Home) -> dg.DagsterInstance:
+    """`DAGSTER_HOME` when it is set, else the `dagster.yaml` beside the state directory, with absolute paths.
+
+    Without either, storage lies in the state directory. Relative paths in a `dagster.yaml` mean "from where I was
+    started", which is the project for `dagster dev` and anything for a command line.
+
+    Raises:
+        ConfigError: the configuration is wrong, or the storage cannot be opened.
+    """
+    try:
+        try:
+            return dg.DagsterInstance.get()
+        except dg.DagsterHomeNotSetError:
+            pass
+        home.dagster.mkdir(parents=True, exist_ok=True)
+        project = home.root.parent
+        overrides = _overrides(project, home)
+        reference = InstanceRef.from_dir(str(home.dagster), config_dir=str(project), overrides=overrides)
+        return dg.DagsterInstance.from_ref(reference)
+    except (dg.DagsterError, OSError, yaml.YAMLError) as e:
+        raise ConfigError(f"Dagster's storage cannot be opened: {str(e).splitlines()[0]}") from e
+
+
+def _overrides(project: Path, home: Home) -> dict[str, Any]:
+    path = project / "dagster.yaml"
+    configured: dict[str, Any] = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    storage = configured.get("storage") or {"sqlite": {"base_dir": str(home.dagster)}}
+    found: dict[str, Any] = {"storage": _absolute(storage, project), "telemetry": {"enabled": False}}
+    for name, default in (("compute_logs", "compute_logs"), ("local_artifact_storage", "artifacts")):
+        if isinstance(configured.get(name), dict):
+            found[name] = _absolute(configured[name], project)
+        elif name not in configured and name == "compute_logs":
+            found[name] = {
+                "module": "dagster._core.storage.noop_compute_log_manager",
+                "class": "NoOpComputeLogManager",
+            }
+    return found
+
+
+def _absolute(value: Any, project: Path) -> Any:
+    """The same configuration with every relative `base_dir` made absolute."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: str(project / v) if k == "base_dir" and isinstance(v, str) and not Path(v).is_absolute() else _absolute(v, project)
+        for k, v in value.items()
+    }

@@ -1,0 +1,372 @@
+"""Records and verdicts as Dagster shows them: numbers with stable names, tables, check results.
+
+Numbers are SI (fractions 0–1, seconds), so that the UI plots them over runs. What was not measured has no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import dagster as dg
+
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.domain.record import GuardResult, RunRecord, SliResult, Verdict
+from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
+from mlchaos_dagster.orchestration.keys import python_name
+
+Row = dict[str, Any]
+Metadata = dict[str, Any]
+
+
+def numbers(values: Mapping[str, float | None]) -> Metadata:
+    """Only what was measured and is finite: Dagster's storage is JSON."""
+    return {
+        name: dg.MetadataValue.float(float(value))
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    }
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue | None:
+    """A table in the UI; cells are what its records allow (text, numbers, booleans)."""
+    cells = [{k: "–" if v is None else v for k, v in row.items()} for row in rows]
+    return dg.MetadataValue.table([dg.TableRecord(row) for row in cells]) if cells else None
+
+
+def without_nothing(metadata: Mapping[str, Any]) -> Metadata:
+    """Entries that say something."""
+    return {name: value for name, value in metadata.items() if value is not None and value != ""}
+
+
+# ---- experiment
+
+
+def experiment_row(experiment: Experiment, environment: Environment) -> Row:
+    """The plan as one row."""
+    return {
+        "experiment": experiment.name,
+        "environment": environment.name,
+        "hypothesis": experiment.hypothesis,
+        "fault": experiment.fault.kind,
+        "target": experiment.target,
+        "window_s": environment.scaled(experiment.duration),
+        "spec": experiment.model_dump_json(by_alias=True),
+    }
+
+
+def experiment_metadata(experiment: Experiment, environment: Environment, guards: Iterable[GuardResult]) -> Metadata:
+    """What was planned, and how the guards stood."""
+    target = environment.targets[experiment.target]
+    return without_nothing(
+        {
+            "hypothesis": experiment.hypothesis,
+            "fault": experiment.fault.kind,
+            "target": f"{experiment.target} ({target.select})",
+            "window_s": environment.scaled(experiment.duration),
+            "duration_asked_s": experiment.duration,
+            "guards": table(
+                {"guard": g.name, "passed": g.passed, "saw": g.saw, "what would let it through": g.needs or None}
+                for g in guards
+            ),
+        }
+    )
+
+
+# ---- SLIs
+
+
+def baseline_rows(environment: Environment, values: Mapping[str, float | None]) -> list[Row]:
+    """One row an SLI."""
+    return [{"sli": n, "unit": _unit(environment, n), "baseline": v} for n, v in values.items()]
+
+
+def _unit(environment: Environment, sli: str) -> str:
+    declared = environment.slis.get(sli)
+    return declared.shown_unit if declared else ""
+
+
+def sli_rows(verdict: Verdict) -> list[Row]:
+    """One row an SLI, every number as it is."""
+    return [
+        {
+            "sli": name,
+            "unit": s.unit,
+            "baseline": _finite(s.baseline),
+            "during": _finite(s.during),
+            "after": _finite(s.after),
+            "effect": _finite(s.effect),
+            "ci_low": _finite(s.ci_low),
+            "ci_high": _finite(s.ci_high),
+            "samples": s.samples,
+            "late": s.late,
+            "detectable": _finite(s.detectable),
+            "slo": s.slo,
+            "met": s.met,
+        }
+        for name, s in verdict.slis.items()
+    ]
+
+
+def sli_table(verdict: Verdict) -> dg.TableMetadataValue | None:
+    """Before, during, after and effect, as people read them."""
+    return table(
+        {
+            "SLI": name,
+            "before": show_value(s.baseline, s.unit),
+            "during": show_value(s.during, s.unit),
+            "after": show_value(s.after, s.unit),
+            "effect": show_effect(s),
+            "SLO": s.slo or None,
+            "met": {True: "✔ yes", False: "✘ no", None: "–"}[s.met],
+            "samples": s.samples,
+        }
+        for name, s in verdict.slis.items()
+    )
+
+
+def show_effect(s: SliResult) -> str:
+    """`−0.6 pp [−1.2, −0.1]`; a latency in milliseconds."""
+    if s.effect is None or not math.isfinite(s.effect):
+        return "–"
+    factor, unit = {"ratio": (100.0, " pp"), "s": (1000.0, " ms")}.get(s.unit, (1.0, ""))
+    shown = f"{s.effect * factor:+.1f}{unit}"
+    if s.ci_low is not None and s.ci_high is not None:
+        shown += f" [{s.ci_low * factor:+.1f}, {s.ci_high * factor:+.1f}]"
+    return shown.replace("-", "−") + ("" if s.reliable else " (not reliable)")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def baseline_metadata(record_like: Mapping[str, float | None], steady: tuple[bool, str]) -> Metadata:
+    """SLIs before the fault."""
+    held, why = steady
+    return {
+        **numbers({f"{python_name(n)}_baseline": v for n, v in record_like.items()}),
+        "steady": dg.MetadataValue.bool(held),
+        "steady_because": why or "every objective holds",
+    }
+
+
+def chaos_metadata(record: RunRecord, verdict: Verdict, picture: str) -> Metadata:
+    """SLIs during the fault, their effects, the fault itself."""
+    during: dict[str, float | None] = {}
+    for name, s in verdict.slis.items():
+        stem = python_name(name)
+        during[f"{stem}_during"], during[f"{stem}_effect"] = s.during, s.effect
+    fault, abort = record.fault, record.abort
+    return without_nothing(
+        {
+            "picture": dg.MetadataValue.md(picture) if picture else None,
+            "slis": sli_table(verdict),
+            "fault": f"{fault.kind} by {fault.backend} on {', '.join(fault.targets)}" if fault else None,
+            "fault_confirmed": dg.MetadataValue.bool(fault.confirmed) if fault else None,
+            "fault_evidence": dg.MetadataValue.md(_list(fault.evidence)) if fault and fault.evidence else None,
+            "expectations": table(
+                {"expected": e.expected, "seen": {True: "✔ yes", False: "✘ no", None: "not measured"}[e.seen], "saw": e.saw}
+                for e in verdict.expectations
+            ),
+            "abort": f"{abort.cause}: {abort.reason}" if abort else None,
+            **numbers(
+                {
+                    **during,
+                    "window_s": record.window.length if record.window else None,
+                    "confirm_seconds": _between(record, "injected", "confirmed"),
+                    "abort_seconds": abort.seconds if abort else None,
+                }
+            ),
+        }
+    )
+
+
+def _between(record: RunRecord, first: str, second: str) -> float | None:
+    a, b = record.moment(first), record.moment(second)
+    return None if a is None or b is None else b - a
+
+
+def recovery_rows(verdict: Verdict) -> list[Row]:
+    """One row a part of the recovery; a censored part is a lower bound and says so."""
+    r = verdict.recovery
+    parts = {"detect": r.detect_s, "reschedule": r.reschedule_s, "ready": r.ready_s, "steady": r.steady_s}
+    return [
+        {"part": part, "seconds": _finite(value), "censored": part in r.censored or f"{part}_s" in r.censored}
+        for part, value in parts.items()
+    ]
+
+
+def recovery_metadata(record: RunRecord, verdict: Verdict) -> Metadata:
+    """How long it took to come back, in parts, and the proof that nothing is left."""
+    r = verdict.recovery
+    shown = [
+        {
+            "part": row["part"],
+            "took": ("> " if row["censored"] else "") + show_duration(row["seconds"]),
+            "limit": show_duration(r.within_s) if row["part"] == "steady" and r.within_s else None,
+        }
+        for row in recovery_rows(verdict)
+    ]
+    after = {f"{python_name(n)}_after": s.after for n, s in verdict.slis.items()}
+    return without_nothing(
+        {
+            "recovery": table(shown),
+            "clean": dg.MetadataValue.md(_list(record.clean.evidence)) if record.clean and record.clean.evidence else None,
+            "censored": ", ".join(r.censored),
+            **numbers(
+                {
+                    "recovery_detect_s": r.detect_s,
+                    "recovery_reschedule_s": r.reschedule_s,
+                    "recovery_ready_s": r.ready_s,
+                    "recovery_steady_s": r.steady_s,
+                    "recovery_limit_s": r.within_s or None,
+                    "clean_seconds": _between(record, "recover_requested", "proven_clean"),
+                    **after,
+                }
+            ),
+        }
+    )
+
+
+# ---- verdict
+
+MARK = {
+    Outcome.HELD: "✔",
+    Outcome.DEVIATED: "✘",
+    Outcome.REFUSED: "⏸",
+    Outcome.ABORTED: "■",
+    Outcome.INCONCLUSIVE: "?",
+    Outcome.UNCLEAN: "‼",
+    Outcome.ERROR: "!",
+}
+
+
+def outcome_word(record: RunRecord, verdict: Verdict) -> str:
+    """The outcome; a shadow run injected nothing and never counts."""
+    return f"SHADOW-{verdict.outcome.value}" if record.shadow else verdict.outcome.value
+
+
+def verdict_row(record: RunRecord, verdict: Verdict) -> Row:
+    """The verdict as one row."""
+    r = verdict.recovery
+    return {
+        "run_id": record.run_id,
+        "experiment": record.experiment.name,
+        "environment": record.environment.name,
+        "started_at": record.zero_wall,
+        "started_by": record.started_by,
+        "outcome": outcome_word(record, verdict),
+        "reasons": "; ".join(verdict.reasons),
+        "fault_fired": verdict.fault_fired,
+        "recovery_steady_s": _finite(r.steady_s),
+        "abort_seconds": record.abort.seconds if record.abort else None,
+        "clean": record.clean.proven if record.clean else None,
+    }
+
+
+def verdict_metadata(
+    record: RunRecord, verdict: Verdict, markdown: str, record_path: str | None, report_path: str | None
+) -> Metadata:
+    """The page that people open: verdict first and in words, then the picture, then numbers."""
+    word = outcome_word(record, verdict)
+    numeric: dict[str, float | None] = {}
+    for name, s in verdict.slis.items():
+        stem = python_name(name)
+        numeric[f"{stem}_during"], numeric[f"{stem}_effect"] = s.during, s.effect
+    return without_nothing(
+        {
+            "outcome": f"{MARK[verdict.outcome]} {word}",
+            "reason": verdict.reasons[0] if verdict.reasons else None,
+            "report": dg.MetadataValue.md(markdown) if markdown else None,
+            "slis": sli_table(verdict),
+            "advice": verdict.advice,
+            "report_path": dg.MetadataValue.path(report_path) if report_path else None,
+            "record_path": dg.MetadataValue.path(record_path) if record_path else None,
+            "held": dg.MetadataValue.int(1 if verdict.outcome.is_pass and not record.shadow else 0),
+            **numbers(
+                {
+                    **numeric,
+                    "recovery_steady_s": verdict.recovery.steady_s,
+                    "abort_seconds": record.abort.seconds if record.abort else None,
+                }
+            ),
+        }
+    )
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+# ---- checks
+
+
+def guards_check(guards: tuple[GuardResult, ...]) -> Metadata:
+    """Arguments of the check result: all guards, the first refusal in words."""
+    refused = next((g for g in guards if not g.passed), None)
+    return {
+        "passed": refused is None and bool(guards),
+        "severity": dg.AssetCheckSeverity.WARN,
+        "description": (
+            f"{refused.name}: {refused.saw}" + (f". Needs {refused.needs}" if refused.needs else "")
+            if refused
+            else f"{len(guards)} guards passed"
+        ),
+        "metadata": {g.name: f"{'✔' if g.passed else '✘'} {g.saw}" for g in guards},
+    }
+
+
+def verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
+    """Results of the promises that only a judged run can tell; a promise that was not tested is absent."""
+    found: dict[str, Metadata] = {}
+    inconclusive = verdict.outcome is Outcome.INCONCLUSIVE
+    why = verdict.reasons[0] if verdict.reasons else ""
+    severity = dg.AssetCheckSeverity.WARN if inconclusive else dg.AssetCheckSeverity.ERROR
+    if record.fault is not None and not record.shadow:
+        found["fault_fired"] = {
+            "passed": verdict.fault_fired,
+            "severity": dg.AssetCheckSeverity.WARN,
+            "description": (
+                "; ".join(record.fault.evidence[:3]) or "confirmed" if verdict.fault_fired else why or "its effect was not seen"
+            ),
+            "metadata": {},
+        }
+    if record.window is not None and (verdict.held is not None or inconclusive):
+        held = bool(verdict.held) and all(e.seen for e in verdict.expectations) and not inconclusive
+        found["steady_state_held"] = {
+            "passed": held,
+            "severity": severity,
+            "description": "every objective held while the fault was there" if held else why,
+            "metadata": numbers({f"{python_name(n)}_during": s.during for n, s in verdict.slis.items()}),
+        }
+    r = verdict.recovery
+    if r.met is not None:
+        found["recovered_in_time"] = {
+            "passed": r.met,
+            "severity": severity,
+            "description": (
+                f"steady again after {'more than ' if 'steady' in ' '.join(r.censored) else ''}{show_duration(r.steady_s)}, "
+                f"limit {show_duration(r.within_s)}"
+            ),
+            "metadata": numbers({"recovery_steady_s": r.steady_s, "recovery_limit_s": r.within_s}),
+        }
+    if record.clean is not None:
+        found["left_clean"] = {
+            "passed": record.clean.proven,
+            "severity": dg.AssetCheckSeverity.ERROR,
+            "description": (
+                "; ".join(record.clean.evidence[:4]) or "proven clean"
+                if record.clean.proven
+                else f"the fault may be live. Clear it: {record.clean.command}"
+            ),
+            "metadata": {},
+        }
+    return found
+
+
+def budget_words(remaining: float, limit: float) -> str:
+    """`84 % of the error budget is left (limit 10 %)`."""
+    return f"{show_percent(remaining, 0)} of the error budget is left (limit {show_percent(limit, 0)})"

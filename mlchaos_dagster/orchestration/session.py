@@ -1,0 +1,254 @@
+"""The live run between ops, and everybody who may stop it.
+
+Ops of one Dagster run share one process (in-process executor); the `Sessions` resource carries the
+engine's `Run` from op to op and closes it on every path, also when Dagster never reaches the next op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+import dagster as dg
+
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.record import RunRecord, Samples, Verdict
+from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.orchestration import keys
+from mlchaos_dagster.orchestration.ports import LiveRun, Platform, Progress, Published
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""Seconds between two looks at the run's status. Runs started by the CLI cannot be reached otherwise."""
+
+STOPPING = frozenset({dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE})
+WORD_OF_SOMEBODY = frozenset({"signal", "dagster", "stop", "lever"})
+"""Causes of an abort that end the Dagster run CANCELED. A limit that tripped is a finding: the run succeeds."""
+
+
+class StatusWatcher:
+    """A stop source that reads the status of its own Dagster run."""
+
+    def __init__(self, instance: dg.DagsterInstance, run_id: str, poll_s: float = POLL_S) -> None:
+        self._instance, self._run_id, self._poll_s = instance, run_id, poll_s
+        self._asked: tuple[str, str] | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mlchaos-status", daemon=True)
+
+    def start(self) -> StatusWatcher:
+        """Begin to look."""
+        self._thread.start()
+        return self
+
+    def requested(self) -> tuple[str, str] | None:
+        """As `StopSource`."""
+        return self._asked
+
+    def ask(self, cause: str, reason: str) -> None:
+        """Somebody in this process says stop; the first word stays."""
+        self._asked = self._asked or (cause, reason)
+
+    def look(self) -> None:
+        """Read the status once."""
+        run = self._instance.get_run_by_id(self._run_id)
+        if run is not None and run.status in STOPPING:
+            self.ask("dagster", f"Dagster: the run is {run.status.value}")
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2.0)
+
+    def _watch(self) -> None:
+        while self._asked is None and not self._done.wait(self._poll_s):
+            try:
+                self.look()
+            except Exception as e:  # noqa: BLE001 - a locked database is not a reason to end a run, nor to stop looking
+                log.debug("cannot read the run's status: %s", e)
+
+
+class WindowEnd:
+    """A stop source: the suite's window closes (a queue may start a run long after it was requested)."""
+
+    def __init__(self, not_after: datetime, now: Callable[[], datetime]) -> None:
+        self._not_after, self._now = not_after, now
+
+    def requested(self) -> tuple[str, str] | None:
+        """As `StopSource`."""
+        if self._now() < self._not_after:
+            return None
+        return "stop", f"the suite's window closed at {self._not_after.isoformat(timespec='minutes')}"
+
+
+class Session:
+    """One experiment in one Dagster run: its engine run and what came of it."""
+
+    def __init__(self, platform: Platform, record_id: str, run: LiveRun, stop: StatusWatcher) -> None:
+        self.platform, self.record_id, self.run, self.stop = platform, record_id, run, stop
+        self.steady = False
+        self.window_opened = False
+        self.cancelled = ""
+        """Why the Dagster run ends CANCELED; empty when it does not."""
+        self.record: RunRecord | None = None
+        self.samples: Samples | None = None
+        self.verdict: Verdict | None = None
+        self.published: Published | None = None
+
+    def cancel(self, reason: str) -> None:
+        """Nothing more is injected; the run ends CANCELED after verdict and report."""
+        self.cancelled = self.cancelled or reason
+        self.stop.ask("signal", reason)
+
+    def finish(self) -> RunRecord:
+        """Probes stopped, record saved. Idempotent."""
+        if self.record is None:
+            self.record = self.run.finish()
+            self.samples = self.run.samples
+            abort = self.record.abort
+            if abort is not None and abort.cause in WORD_OF_SOMEBODY:
+                self.cancelled = self.cancelled or abort.reason
+        return self.record
+
+    def judge(self) -> Verdict:
+        """The verdict, judged once."""
+        record = self.finish()
+        if self.verdict is None:
+            self.verdict = self.platform.judge(record, self.samples or Samples())
+        return self.verdict
+
+    def publish(self) -> Published:
+        """Verdict and report on disk, once."""
+        verdict = self.judge()
+        if self.published is None:
+            assert self.record is not None
+            self.published = self.platform.publish(self.record, self.samples or Samples(), verdict)
+        return self.published
+
+    def close(self) -> None:
+        """Whatever happened: probes stopped, record and verdict on disk. Never raises for a verdict."""
+        try:
+            self.finish()
+            with contextlib.suppress(Exception):
+                self.publish()
+        finally:
+            self.stop.close()
+
+    @contextlib.contextmanager
+    def interruptible(self, doing: str) -> Iterator[None]:
+        """An interrupt ends what is inside and cancels the session; any other error closes it."""
+        try:
+            yield
+        except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
+            self.cancel(f"interrupted while {doing}")
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def shielded(self, doing: str) -> Iterator[None]:
+        """Signals inside are noted, not raised: judging and reporting are short and always finish."""
+        main = threading.current_thread() is threading.main_thread()
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        for s in before:
+            signal.signal(s, lambda *_: self.cancel(f"interrupted while {doing}"))
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+class Sessions:
+    """All sessions of one Dagster run, by graph name."""
+
+    def __init__(self, platform: Platform, progress: Progress | None = None) -> None:
+        self.platform, self.progress = platform, progress
+        self._open: dict[str, Session] = {}
+        self._pid = os.getpid()
+
+    def begin(
+        self,
+        experiment: Experiment,
+        environment: Environment,
+        *,
+        instance: dg.DagsterInstance,
+        run_id: str,
+        tags: Mapping[str, str],
+        alone: bool,
+    ) -> Session:
+        """Build the engine's run. Raises MlChaosError: nothing was touched."""
+        name = keys.graph_name(experiment.name, environment.name)
+        record_id = run_id if alone else f"{run_id}.{experiment.name}"
+        stop = StatusWatcher(instance, run_id)
+        stops: list[Any] = [stop]
+        if not_after := tags.get(keys.TAG_NOT_AFTER):
+            stops.append(WindowEnd(datetime.fromisoformat(not_after), self.platform.now))
+        run = self.platform.build_run(
+            experiment,
+            environment,
+            run_id=record_id,
+            shadow=tags.get(keys.TAG_SHADOW) == "true",
+            seed=int(tags[keys.TAG_SEED]) if keys.TAG_SEED in tags else None,
+            started_by=started_by(tags),
+            progress=self.progress,
+            stops=stops,
+        )
+        stop.start()
+        session = self._open[name] = Session(self.platform, record_id, run, stop)
+        return session
+
+    def get(self, name: str) -> Session:
+        """The session that `check_guards` began in this process.
+
+        Raises:
+            dagster.Failure: there is none: another process, or a re-execution of a later op alone.
+        """
+        session = self._open.get(name)
+        if session is None or self._pid != os.getpid():
+            raise dg.Failure(
+                "No run of this experiment is open in this process. Its ops run together, in one process, from "
+                "check_guards on: re-execute the whole run, with the in-process executor.",
+                allow_retries=False,
+            )
+        return session
+
+    def close(self) -> None:
+        """Close all sessions; the last line of defence behind the ops' own paths."""
+        for session in self._open.values():
+            session.close()
+
+
+def started_by(tags: Mapping[str, str]) -> str:
+    """Who or what started a run, for people."""
+    if tags.get(keys.TAG_STARTED_BY):
+        return tags[keys.TAG_STARTED_BY]
+    if tags.get("dagster/schedule_name"):
+        return f"schedule {tags['dagster/schedule_name']}"
+    if tags.get("dagster/sensor_name"):
+        return f"sensor {tags['dagster/sensor_name']}"
+    return tags.get("user") or "Dagster"
+
+
+def sessions_resource(progress: Progress | None = None) -> dg.ResourceDefinition:
+    """Resource `sessions`: Dagster's teardown runs on success, failure and interrupt alike."""
+
+    @dg.resource(required_resource_keys={"platform"}, description="Carries the live run from op to op.")
+    def sessions(context: dg.InitResourceContext) -> Iterator[Sessions]:
+        held = Sessions(context.resources.platform, progress)
+        try:
+            yield held
+        finally:
+            held.close()
+
+    return sessions

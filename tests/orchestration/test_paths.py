@@ -1,0 +1,282 @@
+"""Every way a run can go: only what was measured is materialised, the verdict always is, and checks tell the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import dagster as dg
+import pytest
+from sim_platform import SimPlatform, environment, experiment
+
+from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.orchestration import keys
+from mlchaos_dagster.orchestration.launch import launch
+
+ALL = set(keys.PHASES)
+
+
+def phases(result: Any) -> set[str]:
+    return {m.asset_key.path[-1] for m in (e.materialization for e in result.get_asset_materialization_events())}
+
+
+def checks(result: Any) -> dict[str, bool]:
+    return {c.check_name: c.passed for c in result.get_asset_check_evaluations()}
+
+
+def severities(result: Any) -> dict[str, str]:
+    return {c.check_name: c.severity.value for c in result.get_asset_check_evaluations() if not c.passed}
+
+
+def metadata(result: Any, phase: str) -> dict[str, Any]:
+    for event in result.get_asset_materialization_events():
+        if event.materialization.asset_key.path[-1] == phase:
+            return {k: v.value for k, v in event.materialization.metadata.items()}
+    raise AssertionError(f"{phase} was not materialised")
+
+
+def status(instance: dg.DagsterInstance, result: Any) -> str:
+    found = instance.get_run_by_id(result.run_id)
+    assert found is not None
+    return found.status.value
+
+
+def outcome(platform: SimPlatform, run_id: str) -> Outcome:
+    verdict = platform.store().load(run_id)[1]
+    assert verdict is not None
+    return verdict.outcome
+
+
+def test_held(run: Any, instance: dg.DagsterInstance, platform: SimPlatform) -> None:
+    result = run()
+    assert result.success
+    assert phases(result) == ALL
+    assert checks(result) == dict.fromkeys(keys.CHECKS, True)
+    shown = metadata(result, "verdict")
+    assert shown["outcome"] == "✔ HELD"
+    assert {"availability_during", "availability_effect", "recovery_steady_s"} <= set(shown)
+    assert metadata(result, "baseline_metrics")["availability_baseline"] == 1.0
+    stored = instance.get_run_by_id(result.run_id)
+    assert stored is not None and stored.tags[keys.TAG_OUTCOME] == "HELD"
+    assert outcome(platform, result.run_id) is Outcome.HELD
+    assert not platform.world.faults and not platform.leases()
+
+
+def test_checks_are_stored(run: Any, instance: dg.DagsterInstance) -> None:
+    run()
+    verdict = dg.AssetKey(keys.asset_path("sim-pod-failure", "sim", "verdict"))
+    found = instance.event_log_storage.get_latest_asset_check_execution_by_key(
+        [dg.AssetCheckKey(verdict, c) for c in keys.CHECKS]
+    )
+    assert {k.name for k in found} == set(keys.CHECKS)
+
+
+def test_refused_by_a_guard(run: Any, platform: SimPlatform) -> None:
+    platform.health = 0.5
+    result = run()
+    assert result.success, "a refusal is a finding"
+    assert phases(result) == {"experiment", "verdict"}
+    assert checks(result) == {"guards_passed": False}
+    assert outcome(platform, result.run_id) is Outcome.REFUSED
+    assert not platform.world.injections
+
+
+def test_refused_because_it_was_not_steady(run: Any, platform: SimPlatform) -> None:
+    platform.prepare = lambda world, _: setattr(world, "errors_always", 0.2)
+    result = run()
+    assert result.success
+    assert phases(result) == {"experiment", "baseline_metrics", "verdict"}
+    assert checks(result) == {"guards_passed": True, "steady_state_before": False}
+    assert outcome(platform, result.run_id) is Outcome.REFUSED
+    assert not platform.world.injections
+
+
+def test_deviated_is_a_finding(run: Any, platform: SimPlatform) -> None:
+    platform.prepare = lambda world, _: setattr(world, "errors_during", 0.1)
+    result = run()
+    assert result.success
+    assert phases(result) == ALL
+    assert not checks(result)["steady_state_held"] and severities(result)["steady_state_held"] == "ERROR"
+    assert checks(result)["left_clean"]
+    assert outcome(platform, result.run_id) is Outcome.DEVIATED
+
+
+def test_aborted_by_a_limit(run: Any, platform: SimPlatform) -> None:
+    platform.prepare = lambda world, _: setattr(world, "errors_during", 1.0)
+    result = run()
+    assert result.success, "a limit that tripped is a finding, not a cancellation"
+    assert "chaos_metrics" in phases(result) and "verdict" in phases(result)
+    assert metadata(result, "verdict")["abort_seconds"] == pytest.approx(0, abs=0.1)
+    assert outcome(platform, result.run_id) is Outcome.ABORTED
+    assert not platform.world.faults and not platform.leases()
+
+
+def test_a_fault_that_was_not_seen_only_warns(run: Any, platform: SimPlatform) -> None:
+    platform.prepare = lambda world, _: setattr(world, "effective", False)
+    result = run()
+    assert result.success
+    assert checks(result)["fault_fired"] is False
+    assert set(severities(result).values()) == {"WARN"}
+    assert outcome(platform, result.run_id) is Outcome.INCONCLUSIVE
+
+
+def test_shadow_never_counts(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    result = run(tags={keys.TAG_SHADOW: "true"})
+    assert result.success and not platform.world.injections
+    stored = instance.get_run_by_id(result.run_id)
+    assert stored is not None and stored.tags[keys.TAG_OUTCOME].startswith("SHADOW-")
+    assert "fault_fired" not in checks(result) and metadata(result, "verdict")["held"] == 0
+
+
+def cancelled(platform: SimPlatform, instance: dg.DagsterInstance, run: Any, hook: Any, at: float) -> Any:
+    def prepare(world: Any, run_id: str) -> None:
+        world.at[world.clock.t + at] = lambda w: hook(run_id)
+
+    platform.prepare = prepare
+    run_id = "11111111-2222-3333-4444-555555555555"
+    with pytest.raises(dg.DagsterExecutionInterruptedError):
+        run(run_id=run_id)
+    found = instance.get_run_by_id(run_id)
+    assert found is not None and found.status is dg.DagsterRunStatus.CANCELED
+    record, verdict = platform.store().load(run_id)
+    assert verdict is not None and verdict.outcome is Outcome.ABORTED
+    assert record.abort is not None
+    assert not platform.world.faults and not platform.leases()
+    latest = instance.get_latest_materialization_event(
+        dg.AssetKey(keys.asset_path("sim-pod-failure", "sim", "verdict"))
+    )
+    assert latest is not None and latest.run_id == run_id, "the verdict is told before the run ends CANCELED"
+    assert found.tags[keys.TAG_OUTCOME] == "ABORTED"
+    return record
+
+
+def ctrl_c(_run_id: str) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", [2.0, 9.0], ids=["baseline", "window"])
+def test_a_signal_ends_it_cancelled(run: Any, platform: SimPlatform, instance: dg.DagsterInstance, at: float) -> None:
+    record = cancelled(platform, instance, run, ctrl_c, at)
+    assert record.abort.cause == "signal"
+    assert bool(platform.world.injections) == (at > 5)
+
+
+def test_two_signals_in_the_window(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    def twice(run_id: str) -> None:
+        ctrl_c(run_id)
+        ctrl_c(run_id)
+
+    assert cancelled(platform, instance, run, twice, 9.0).clean.proven
+
+
+def test_terminating_a_run_of_the_command_line(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    """Dagster cannot reach its process; the run reads its own status."""
+
+    def terminate(run_id: str) -> None:
+        found = instance.get_run_by_id(run_id)
+        assert found is not None
+        instance.report_run_canceling(found)
+        time.sleep(1.2)
+
+    assert cancelled(platform, instance, run, terminate, 9.0).abort.cause == "dagster"
+
+
+def test_a_stop_file_ends_it_cancelled(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    record = cancelled(platform, instance, run, lambda i: platform.request_stop([i], "enough"), 9.0)
+    assert record.abort.cause == "stop" and record.abort.reason == "enough"
+
+
+def test_an_op_that_raises_closes_the_run(
+    run: Any, platform: SimPlatform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(SimPlatform, "judge", broken)
+    result = run()
+    assert not result.success and status(instance, result) == "FAILURE"
+    assert platform.store().load(result.run_id)[0].clean is not None, "the record is saved all the same"
+    assert not platform.world.faults and not platform.leases()
+
+
+def test_unclean_is_never_green(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    def stuck(world: Any, _: str) -> None:
+        import sim
+
+        world.faults = Sticky()
+        del sim
+
+    class Sticky(dict):  # type: ignore[type-arg]
+        def pop(self, *_: Any) -> Any:
+            return None
+
+    platform.prepare = stuck
+    result = run()
+    assert not result.success
+    assert outcome(platform, result.run_id) is Outcome.UNCLEAN
+    assert checks(result)["left_clean"] is False and "verdict" in phases(result)
+
+
+def test_several_experiments_in_one_run_take_turns(run: Any, platform: SimPlatform) -> None:
+    result = run(experiment("one"), experiment("two"))
+    assert result.success
+    order = [e.step_key.split(".")[0] for e in result.all_events if e.is_step_start]
+    assert order == sorted(order, key=lambda name: order.index(name)), order
+    assert len({*order}) == 2 and order.count(order[0]) == 5 and set(order[:5]) == {order[0]}
+    assert sorted(platform.store().ids()) == sorted(f"{result.run_id}.{n}" for n in ("one", "two"))
+
+
+def test_re_executing_a_later_op_alone_injects_nothing(
+    run: Any, platform: SimPlatform, instance: dg.DagsterInstance
+) -> None:
+    result = run(op_selection=["sim__sim_pod_failure.run_fault_window"])
+    assert not result.success
+    assert not platform.worlds, "no run was even built"
+
+
+def test_history_keeps_both_runs(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    first = run()
+    platform.prepare = lambda world, _: setattr(world, "errors_during", 0.1)
+    second = run()
+    files = sorted((platform.root / "assets" / "sim" / "sim_pod_failure" / "verdict").iterdir())
+    assert {f.name for f in files} == {f"run_id={r.run_id}.parquet" for r in (first, second)}
+    key = dg.AssetKey(keys.asset_path("sim-pod-failure", "sim", "verdict"))
+    records = instance.fetch_materializations(key, limit=10).records
+    assert [r.run_id for r in records] == [second.run_id, first.run_id]
+
+
+def test_the_window_of_the_suite_closes(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    """A run that the queue started after its window injects nothing."""
+    result = run(tags={keys.TAG_NOT_AFTER: "2026-11-23T01:00:00+00:00"})
+    assert not platform.world.injections
+    assert phases(result) == {"experiment", "verdict"}
+
+
+def test_launch(platform: SimPlatform, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    told: list[str] = []
+    found = list(
+        launch(
+            [experiment("one"), experiment("two")],
+            environment(),
+            platform.settings,
+            platform=platform,
+            progress=lambda kind, _: told.append(kind),
+        )
+    )
+    assert [r.verdict.outcome.value for r in found if r.verdict] == ["HELD", "HELD"]
+    assert all(r.record_path and r.record_path.is_file() and not r.error for r in found)
+    assert {"phase", "guard", "moment"} <= set(told)
+    assert capfd.readouterr() == ("", "")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (platform.root / "dagster" / "history").is_dir()
+
+
+def test_launch_stops_after_a_cancelled_run(platform: SimPlatform) -> None:
+    platform.prepare = lambda world, _: world.at.update({world.clock.t + 9.0: lambda w: ctrl_c("")})
+    found = list(launch([experiment("one"), experiment("two")], environment(), platform.settings, platform=platform))
+    assert len(found) == 1 and found[0].cancelled
+    assert found[0].verdict is not None and found[0].verdict.outcome is Outcome.ABORTED
