@@ -83,6 +83,16 @@ def test_an_outage_after_a_flawless_baseline():
     assert effect.excludes_zero
 
 
+def test_both_windows_widen_the_exact_interval():
+    """0 of 20 is [0, 0.1684] and 1 of 29 [0.0009, 0.1776] (Newcombe's table): combined by Newcombe's method 10."""
+    during = np.zeros(29)
+    during[14] = 1
+    effect = proportion_effect(np.zeros(20), during, seed=1)
+    p = 1 / 29
+    assert effect.ci_low == pytest.approx(p - math.hypot(p - 0.0009, 0.1684), abs=2e-4)
+    assert effect.ci_high == pytest.approx(p + (0.1776 - p), abs=2e-4)
+
+
 def test_the_exact_interval_covers_rare_failures():
     rng = np.random.default_rng(5)
     effects = [proportion_effect(rng.random(500) < 0.998, rng.random(500) < 0.996, seed=i) for i in range(300)]

@@ -88,6 +88,13 @@ def test_the_drop_is_planned_with_the_variance_it_will_have():
     assert plan.effect > 1.05 * (normal_quantile(0.95) + normal_quantile(0.8)) * plan.se
 
 
+def test_a_window_longer_than_what_was_seen_falls_with_the_root():
+    x = np.random.default_rng(7).standard_normal(1_000)
+    seen = detectable_shift(x, 1_000, n_baseline=1_000, seed=1).effect
+    longer = detectable_shift(x, 16_000, n_baseline=16_000, seed=1).effect
+    assert seen / longer == pytest.approx(4.0, rel=0.05)
+
+
 @pytest.mark.parametrize("q", [None, 0.95])
 def test_needed_for_a_shift_is_the_inverse(q):
     x = np.random.default_rng(5).lognormal(math.log(0.03), 0.3, 3_000)

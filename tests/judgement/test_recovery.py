@@ -74,6 +74,15 @@ def test_steady_agrees_with_the_truth_within_50_ms(name, rate):
         assert abs(found.at_s - back) <= 0.05, (back, found)
 
 
+def test_what_waited_may_be_served_in_any_order():
+    """The queue is drained newest first: the oldest good answer comes well after the service did."""
+
+    def newest_first(rng, t):
+        return (True, 0.03 + 1.5 * (9.5 - t)) if 9.5 - 0.18 < t < 9.5 else (False, 2.0) if 5.0 <= t < 9.5 else None
+
+    assert steady(traffic(200, 30.0, newest_first)).at_s == pytest.approx(9.5, abs=0.01)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_partial_loss_ends_within_a_few_samples(share):
     def fault(rng, t):
@@ -206,6 +215,7 @@ def test_evaluations_at_their_own_resolution():
     assert steady_from_evaluations(times, met, origin_s=5.0, dwell_s=3.0, until_s=19.0) == Moment(9.0, False)
     assert steady_from_evaluations(times, met, origin_s=5.0, dwell_s=12.0, until_s=19.0) == Moment(9.0, True)
     assert steady_from_evaluations(times, met, origin_s=0.0, dwell_s=3.0, until_s=19.0) == Moment(0.0, False, 5.0)
+    assert steady_from_evaluations(times, met, origin_s=0.0, dwell_s=7.0, until_s=19.0) == Moment(9.0, False)
     assert steady_from_evaluations(times, ~met, origin_s=9.0, dwell_s=3.0, until_s=19.0) == Moment(19.0, True)
 
 
@@ -236,3 +246,9 @@ def test_bad_arguments_are_refused():
         steady(requests, dwell_s=0.0)
     with pytest.raises(ValueError, match="no such part"):
         split_recovery(0.0, 1.0, {"steadyy": 1.0})
+
+
+def test_a_latency_at_its_limit():
+    requests = Requests.of([0.0, 1.0, 2.0], [0.25, 1.5, 2.75], [True] * 3)
+    assert allowance("latency_p95", requests, below=0.5).bad.tolist() == [False, True, True]
+    assert allowance("latency_p95", requests, at_most=0.5).bad.tolist() == [False, False, True]
