@@ -16,7 +16,7 @@ import click
 from mlchaos_dagster import __version__
 from mlchaos_dagster.cli.app import common
 from mlchaos_dagster.cli.lazy import LazyGroup
-from mlchaos_dagster.errors import ConfigError, MlChaosError, SpecError
+from mlchaos_dagster.errors import ConfigError, MlChaosError, Problem, SpecError
 
 EXIT_USAGE, EXIT_INTERRUPTED, EXIT_INTERNAL = 2, 4, 6
 _HERE = "mlchaos_dagster.cli."
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except SpecError as e:
         for problem in e.problems:
-            _say(_one_line(str(problem), 1000))
+            _say(_problem(problem))
         return EXIT_USAGE
     except ConfigError as e:
         _say(_one_line(str(e)))
@@ -107,6 +107,14 @@ def _usage(e: click.UsageError) -> str:
         return _one_line(f"{command}: {name}: {e.message}")
     message = e.format_message()
     return _one_line(f"{command}: {message}{'' if message.endswith('.') else '.'}")
+
+
+def _problem(problem: Problem) -> str:
+    """`file:line:column  what` for a place in a file, `--option: what` for an argument."""
+    if not problem.where:
+        return _one_line(problem.what, 1000)
+    gap = "  " if problem.where[-1].isdigit() else ": "
+    return f"{problem.where}{gap}{_one_line(problem.what, 1000)}"
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,150 @@
+"""`mlchaos doctor`: what is missing, and how to get it. Looks only; starts and writes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from mlchaos_dagster.cli.app import App, common, current, leave
+
+_FREE_MIB = 200
+_MARK = {"ok": "✔ ok      ", "missing": "✘ missing ", "optional": "– optional"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    state: str
+    """`ok`, `missing` (runs will fail), or `optional`."""
+    saw: str
+    help: str = ""
+
+
+@click.command("doctor")
+@common
+def command() -> None:
+    """Say what is missing and how to get it; exits with 1 when something that runs need is."""
+    app = current()
+    found = list(findings(app))
+    broken = [f for f in found if f.state == "missing"]
+    app.dump({"ok": not broken, "findings": [asdict(f) for f in found]})
+    for finding in found:
+        app.out(f"{_MARK[finding.state]}  {finding.what}: {finding.saw}")
+        if finding.help and finding.state != "ok":
+            app.out(f"              → {finding.help}")
+    app.out(f"\n{'everything that runs need is there' if not broken else f'{len(broken)} missing'}")
+    if broken:
+        leave(1)
+
+
+def findings(app: App) -> Iterator[Finding]:
+    """All findings; one that fails is a finding, too."""
+    yield _python()
+    yield from _packages()
+    yield _home(app.settings.home.root)
+    yield from _library(app)
+    yield from _leases(app)
+    yield from _sandbox(app)
+    yield from _tools()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = (3, 10) <= sys.version_info[:2] < (3, 14)
+    return Finding("Python", "ok" if good else "missing", version, "Python 3.10 to 3.13")
+
+
+def _packages() -> Iterator[Finding]:
+    for package, use in (("dagster", "runs"), ("dagster_webserver", "the UI"), ("sklearn", "the sandbox's model")):
+        there = find_spec(package) is not None
+        yield Finding(
+            package,
+            "ok" if there else "missing",
+            "installed" if there else f"not installed; needed for {use}",
+            "pip install mlchaos-dagster",
+        )
+
+
+def _home(root: Path) -> Finding:
+    folder = next(p for p in (root, *root.parents) if p.exists())
+    if not os.access(folder, os.W_OK | os.X_OK) or not folder.is_dir():
+        return Finding("state directory", "missing", f"{root} is not writable", "set MLCHAOS_HOME or give --home")
+    free = shutil.disk_usage(folder).free >> 20
+    if free < _FREE_MIB:
+        return Finding("state directory", "missing", f"{free} MiB free at {root}", f"free {_FREE_MIB} MiB")
+    return Finding("state directory", "ok", f"{root}, {free} MiB free")
+
+
+def _library(app: App) -> Iterator[Finding]:
+    from mlchaos_dagster.errors import SpecError
+
+    try:
+        checked = app.catalog.check(app.environment)
+    except SpecError as e:
+        yield Finding("library", "missing", str(e.problems[0]), "mlchaos check")
+        return
+    if checked.problems:
+        yield Finding("library", "missing", str(checked.problems[0]), "mlchaos check")
+    else:
+        yield Finding("library", "ok", f"{checked.files} files, environment {app.environment.name}")
+
+
+def _leases(app: App) -> Iterator[Finding]:
+    from mlchaos_dagster.engine.ledger import FileLedger
+    from mlchaos_dagster.engine.ports import SystemClock
+    from mlchaos_dagster.engine.processes import is_running
+    from mlchaos_dagster.engine.stops import StopFiles
+
+    ledger = FileLedger(app.settings.home.ledger, SystemClock())
+    for path in ledger.unreadable():
+        yield Finding("lease", "missing", f"{path} cannot be read: a fault may be live", "mlchaos recover")
+    leases = ledger.leases()
+    for lease in leases:
+        if is_running(lease.owner):
+            yield Finding("lease", "ok", f"{lease.id} is held by a live run of {lease.experiment}")
+        else:
+            saw = f"{lease.id} ({lease.kind} on {', '.join(lease.targets)}): its run is gone"
+            yield Finding("lease", "missing", saw, f"mlchaos recover {lease.id}")
+    if not leases:
+        yield Finding("leases", "ok", "none open: nothing left behind")
+    lever = StopFiles(app.settings.home).lever()
+    if lever is not None:
+        yield Finding("lever", "missing", f"pulled ({lever}): no run may start", "mlchaos stop --release")
+
+
+def _sandbox(app: App) -> Iterator[Finding]:
+    from mlchaos_dagster.errors import SpecError
+
+    try:
+        environment = app.environment
+    except SpecError:
+        return
+    if environment.sandbox is None:
+        return
+    from mlchaos_dagster.sandbox import api
+
+    directory = app.settings.home.sandbox(environment.name)
+    try:
+        up = api.status(directory)
+    except api.SandboxError as e:
+        yield Finding("sandbox", "missing", str(e), "mlchaos sandbox down && mlchaos sandbox up")
+        return
+    if up is None:
+        yield Finding("sandbox", "optional", "not up", "`mlchaos run` starts it; or mlchaos sandbox up")
+    else:
+        yield Finding("sandbox", "ok", f"up, {len(up['processes'])} processes")
+
+
+def _tools() -> Iterator[Finding]:
+    for names, use in ((("prometheus",), "PromQL SLIs"), (("chromium", "google-chrome"), "screenshots of the UI")):
+        path = next((p for p in map(shutil.which, names) if p), None)
+        yield Finding(names[0], "ok" if path else "optional", path or f"not found; {use}", f"apt install {names[0]}")

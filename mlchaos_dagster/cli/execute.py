@@ -1,0 +1,126 @@
+"""The running part of `mlchaos run`: Dagster, progress on stderr, results on stdout, the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlchaos_dagster.cli.app import App
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.outcome import Outcome, exit_code_of
+from mlchaos_dagster.domain.spec import Experiment
+
+if TYPE_CHECKING:
+    from mlchaos_dagster.orchestration.launch import LaunchResult
+
+_WIDEST = 140
+
+
+class _Relay:
+    """The one progress that is given to Dagster; what it stands for changes from experiment to experiment."""
+
+    def __init__(self) -> None:
+        self.target: Any = None
+
+    def __call__(self, kind: str, data: dict[str, Any]) -> None:
+        if self.target is not None:
+            self.target(kind, data)
+
+
+def execute(
+    app: App,
+    experiments: Sequence[Experiment],
+    environment: Environment,
+    *,
+    shadow: bool = False,
+    seed: int | None = None,
+    suite: str = "",
+) -> int:
+    """Run them in order; print each result as it is there. Returns the exit code."""
+    from mlchaos_dagster.orchestration.launch import launch
+
+    relay, outcomes = _Relay(), list[Outcome]()
+    results = launch(
+        experiments,
+        environment,
+        app.settings,
+        shadow=shadow,
+        progress=relay,
+        started_by=app.settings.user or "mlchaos run",
+        seed=seed,
+        suite=suite,
+    )
+    for number, experiment in enumerate(experiments, 1):
+        if len(experiments) > 1:
+            app.note(f"{number} of {len(experiments)}  {experiment.name}")
+        with _progress(experiment, environment, shadow) as relay.target:
+            result = next(results, None)
+        if result is None:
+            break
+        outcomes.append(_outcome(result))
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run's exit code still counts
+            _show(app, result, experiment)
+    left = [e.name for e in experiments[len(outcomes) :]]
+    if left:
+        app.note(f"not started, because a run was stopped: {', '.join(left)}")
+    if len(outcomes) > 1:
+        app.note(_summary(outcomes))
+    return exit_code_of(outcomes) if outcomes else Outcome.ERROR.exit_code
+
+
+@contextlib.contextmanager
+def _progress(experiment: Experiment, environment: Environment, shadow: bool) -> Iterator[Any]:
+    from mlchaos_dagster.evidence.live import LiveView, PlainProgress
+
+    if sys.stderr.isatty():
+        with LiveView(experiment, environment, "", shadow=shadow) as view:
+            yield view
+    else:
+        yield PlainProgress(sys.stderr, prefix=f"{experiment.name}  ")
+
+
+def _outcome(result: LaunchResult) -> Outcome:
+    """An error of ours is one, unless something worse (a fault that may be live) was found."""
+    if result.verdict is None:
+        return Outcome.ERROR
+    if result.error and result.verdict.outcome is not Outcome.UNCLEAN:
+        return Outcome.ERROR
+    return result.verdict.outcome
+
+
+def _show(app: App, result: LaunchResult, experiment: Experiment) -> None:
+    for problem in result.problems:
+        app.note(problem)
+    record_path = str(result.record_path) if result.record_path else None
+    report_path = str(result.report_path) if result.report_path else None
+    if result.record is None or result.verdict is None:
+        app.dump(
+            {"run_id": result.run_id, "experiment": experiment.name, "outcome": "ERROR", "reasons": [result.error]}
+        )
+        app.note(f"error: {experiment.name}, run {result.run_id}: {result.error}")
+        return
+    if app.json:
+        from mlchaos_dagster.evidence.json_output import run_json
+
+        value = run_json(result.record, result.verdict, record_path, report_path)
+        value["durations_s"]["overhead"] = round(result.overhead_s, 3)
+        click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        return
+    from mlchaos_dagster.evidence.terminal import end_block
+
+    width = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns)
+    click.echo(
+        end_block(result.record, result.verdict, color=app.color, width=width, report_path=report_path or ""),
+        color=app.color or None,
+    )
+
+
+def _summary(outcomes: Sequence[Outcome]) -> str:
+    counts = {o: outcomes.count(o) for o in Outcome if o in outcomes}
+    return f"{len(outcomes)} runs: " + ", ".join(f"{n} {o.value}" for o, n in counts.items())

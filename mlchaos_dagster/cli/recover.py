@@ -1,0 +1,69 @@
+"""`mlchaos recover`: take away what runs that are gone left behind, and prove it."""
+
+from __future__ import annotations
+
+import click
+
+from mlchaos_dagster.cli.app import common, current, leave
+from mlchaos_dagster.errors import SpecError
+
+_UNCLEAN = 70
+_HUNG_S = 5.0
+"""No renewal for this long: the owner hangs. As `safety.lease_ttl` by default."""
+
+
+@click.command("recover")
+@click.argument("leases", nargs=-1, metavar="[LEASE]...")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@common
+def command(leases: tuple[str, ...], dry_run: bool) -> None:
+    """Recover every open lease whose run is gone or hangs; with LEASE ids those, whoever holds them.
+
+    Exits with 0 when nothing is left, and with 70 when a fault may still be live.
+    """
+    from mlchaos_dagster.cli.places import Places
+    from mlchaos_dagster.engine.sweep import RenewalObserver, sweep
+
+    app = current()
+    places = Places(app)
+    known = {x.id for x in places.ledger.leases()}
+    known |= {stub.id for path in places.ledger.unreadable() if (stub := places.ledger.stub(path)) is not None}
+    for lease_id in leases:
+        if lease_id not in known:
+            allowed = ", ".join(sorted(known)) or "none: no lease is open"
+            raise SpecError(f'no open lease "{lease_id}". Allowed: {allowed}.', "LEASE")
+    found = sweep(
+        places.ledger,
+        places.driver,
+        places.clock,
+        places.incidents,
+        only=leases or None,
+        dry_run=dry_run,
+        force=f"mlchaos recover, by {app.settings.user or 'somebody'}" if leases else "",
+        observer=None if leases else RenewalObserver(places.ledger, places.clock, _HUNG_S),
+        by="mlchaos recover",
+    )
+    left = [r for r in found if r.action in ("failed", "left") and not r.clean]
+    held = known - {r.lease.id for r in found}
+    app.dump(
+        {
+            "dry_run": dry_run,
+            "clean": not left and not (dry_run and found),
+            "recovered": [r.to_json() for r in found],
+            "held_by_live_runs": sorted(held) if not leases else [],
+        }
+    )
+    for r in found:
+        target = f"{r.lease.kind or 'unknown fault'} on {', '.join(r.lease.targets) or 'unknown targets'}"
+        took = f" in {r.seconds:.2f} s" if r.action == "recovered" else ""
+        app.out(f"{r.action}{took}  lease {r.lease.id}: {target}; {r.why}")
+        for line in (*r.evidence, *([r.error] if r.error else [])):
+            app.out(f"  {line}")
+        if r.command and not dry_run and r in left:
+            app.out(f"  type: {r.command}")
+    if held and not leases:
+        app.out(f"left alone, their runs are alive: {', '.join(sorted(held))}")
+    if not found:
+        app.out("nothing to recover: no fault was left behind")
+    if left:
+        leave(_UNCLEAN)

@@ -1,0 +1,191 @@
+"""`mlchaos run`: find out what to run and whether it can, then hand it to Dagster, then say what came of it.
+
+Everything that can be wrong with the input is said before Dagster is imported and before anything is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlchaos_dagster.cli.app import App, Names, common, current, leave
+from mlchaos_dagster.errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from mlchaos_dagster.domain.environment import Environment
+    from mlchaos_dagster.domain.spec import Experiment
+
+_SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE"
+
+
+@dataclass
+class Request:
+    """What is to be run."""
+
+    experiments: list[Experiment]
+    environment: Environment
+
+
+@click.command("run")
+@click.argument("names", nargs=-1, metavar="[NAME]...", type=Names("experiment"))
+@click.option("--suite", type=Names("suite"), metavar="SUITE", help="Run the experiments of a suite.")
+@click.option("--type", "kind", metavar="KIND", help="Run one fault without a file, such as pod_kill.")
+@click.option("--name", metavar="NAME", help="Name of the run of --type.")
+@click.option("--target", "--target-app", "target", metavar="TARGET", help="Target of --type.")
+@click.option("--duration", metavar="TIME", help="Length of the fault of --type: 30s, 5m, or bare seconds.")
+@click.option("--param", multiple=True, metavar="NAME=VALUE", help="Parameter of --type, such as latency=300ms.")
+@click.option("--safety-threshold", metavar="0..1", help="Health score below which nothing starts.")
+@click.option("--config", metavar="FILE", help="An experiment, or the words of --type, as YAML or JSON.")
+@click.option("--shadow", is_flag=True, help="Everything but the injection.")
+@click.option("--seed", type=int, metavar="N", help="Seed of all random choices (default: from the run id).")
+@common
+def command(names: tuple[str, ...], **options: Any) -> None:
+    """Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
+
+    \b
+    Exit code: 0 HELD · 1 DEVIATED · 2 wrong input · 3 REFUSED · 4 ABORTED · 5 INCONCLUSIVE · 6 internal error ·
+    70 UNCLEAN. Of several runs: the first of 70, 6, 4, 1, 5, 3, 0 that occurred. Ctrl-C stops and recovers.
+    """
+    app = current()
+    request = prepare(app, names, options)
+    from mlchaos_dagster.cli.execute import execute
+
+    code = execute(
+        app,
+        request.experiments,
+        request.environment,
+        shadow=options["shadow"],
+        seed=options["seed"],
+        suite=options["suite"] or "",
+    )
+    leave(code)
+
+
+def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Request:
+    """What the arguments mean.
+
+    Raises:
+        SpecError: with every problem found; nothing was touched.
+    """
+    _one_source(names, options)
+    environment = app.environment
+    threshold = _threshold(options["safety_threshold"])
+    if options["kind"]:
+        request = _from_words(app, environment, options)
+    elif options["config"]:
+        request, in_file = _from_file(app, environment, Path(options["config"]))
+        threshold = in_file if threshold is None else threshold
+    else:
+        wanted = list(names)
+        if options["suite"]:
+            wanted = list(app.catalog.suite(options["suite"]).experiments)
+        request = Request(_ready(app, wanted, environment), environment)
+    if threshold is not None:
+        limits = request.environment.limits.model_copy(update={"health_at_least": threshold})
+        request.environment = request.environment.model_copy(update={"limits": limits})
+    return request
+
+
+def _one_source(names: tuple[str, ...], options: dict[str, Any]) -> None:
+    given = [
+        label
+        for label, value in (
+            ("NAME", names),
+            ("--suite", options["suite"]),
+            ("--type", options["kind"]),
+            ("--config", options["config"]),
+        )
+        if value
+    ]
+    if not given:
+        raise SpecError(f"nothing to run. Allowed: {_SOURCES}. `mlchaos list` shows the names.", "run")
+    if len(given) > 1:
+        raise SpecError(f"{' and '.join(given)} at the same time. Allowed: one of {_SOURCES}.", "run")
+    if not options["kind"]:
+        for option in ("name", "target", "duration", "param"):
+            if options[option]:
+                raise SpecError(f"goes with --type only. Allowed: {_SOURCES}.", f"--{option}")
+    elif not options["target"]:
+        raise SpecError("missing; --type needs it. `mlchaos list` shows the targets in use.", "--target")
+
+
+def _threshold(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise SpecError(f'"{text}" is not a health score. Allowed: 0 to 1, such as 0.8.', "--safety-threshold")
+    return value
+
+
+def _from_words(app: App, environment: Environment, options: dict[str, Any]) -> Request:
+    from mlchaos_dagster.cli.adhoc import AdHoc, build, params_of
+
+    words = AdHoc(
+        type=options["kind"],
+        target=options["target"],
+        name=options["name"] or "",
+        duration=options["duration"] or "30s",
+        params=params_of(options["param"]),
+    )
+    return _unscaled(build(words, environment), environment)
+
+
+def _from_file(app: App, environment: Environment, path: Path) -> tuple[Request, float | None]:
+    from mlchaos_dagster.catalog import read_spec, show_source
+    from mlchaos_dagster.cli.adhoc import AdHoc, AdHocFile, build
+    from mlchaos_dagster.domain.checks import check_experiment
+    from mlchaos_dagster.domain.nodes import read_document
+    from mlchaos_dagster.domain.parsing import validate
+    from mlchaos_dagster.domain.spec import Experiment
+
+    document = read_document(read_spec(path), show_source(path))
+    if not document.has(("type",)):
+        parsed = validate(document, Experiment)
+        problems = check_experiment(parsed.value, environment, parsed)
+        if problems:
+            raise SpecError(problems)
+        return Request([parsed.value], environment), None
+    words = validate(document, AdHocFile).value
+    target = words.target or words.target_app
+    if target is None:
+        raise SpecError("missing field target.", document.where(()))
+    try:
+        experiment = build(AdHoc(words.type, target, words.name, words.duration, words.params), environment)
+    except SpecError as e:
+        places = {"--type": "type", "--target": "target", "--name": "name", "--param": "params"}
+        moved = [Problem(document.where((places.get(p.where, ""),)), f"{places[p.where]}: {p.what}") for p in e.problems]
+        raise SpecError(moved) from e
+    return _unscaled(experiment, environment), words.safety_threshold
+
+
+def _unscaled(experiment: Experiment, environment: Environment) -> Request:
+    """Whoever types a duration means it: the environment's scale is for experiments written for production."""
+    from mlchaos_dagster.domain.checks import check_experiment
+
+    problems = check_experiment(experiment, environment)
+    if problems:
+        raise SpecError(problems)
+    return Request([experiment], environment.model_copy(update={"duration_scale": 1.0, "duration_min": 0.0}))
+
+
+def _ready(app: App, names: list[str], environment: Environment) -> list[Experiment]:
+    found: list[Experiment] = []
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            found.append(app.catalog.ready(name, environment))
+        except SpecError as e:
+            problems += e.problems
+    if problems:
+        raise SpecError(list(dict.fromkeys(problems)))
+    return found
+
+
