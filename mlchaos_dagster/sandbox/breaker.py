@@ -68,6 +68,7 @@ class Breaker:
                 self._results.clear()
             else:
                 self._opened_at = self._clock()
+                self.opened_total += 1
             return
         self._results.append(ok)
         if self._results.count(False) >= self._failures:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from .lifeline import attach
+from .lifeline import Lifeline
 from .model import FEATURES
 
 
@@ -23,13 +22,14 @@ def create(path: Path, entities: int, seed: int) -> None:
         database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", rows)
 
 
-async def _main() -> None:
+async def main(lifeline: Lifeline) -> None:
+    """Serve until told to stop."""
     from aiohttp import web
     from prometheus_client import Counter
 
     from .service import Service
 
-    service = Service(attach())
+    service = Service(lifeline)
     path = Path(service.config["database"])
     create(path, service.config["entities"], service.config["seed"])
     database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
@@ -56,7 +56,3 @@ async def _main() -> None:
     service.app.router.add_get("/features/{entity_id}", one)
     service.app.router.add_get("/features", every)
     await service.serve(started)
-
-
-if __name__ == "__main__":
-    asyncio.run(_main())

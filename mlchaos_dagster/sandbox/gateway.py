@@ -21,7 +21,7 @@ from aiohttp import web
 from prometheus_client import Counter, Gauge, Histogram
 
 from .breaker import Breaker
-from .lifeline import attach
+from .lifeline import Lifeline
 from .service import Service
 
 _CACHE_ROWS = 2000
@@ -265,8 +265,9 @@ class Gateway:
         return web.json_response({"ok": True})
 
 
-async def _main() -> None:
-    service = Service(attach())
+async def main(lifeline: Lifeline) -> None:
+    """Serve until told to stop."""
+    service = Service(lifeline)
     gateway = Gateway(service)
     service.app.router.add_post("/predict", gateway.predict)
     service.app.router.add_get("/predict", gateway.predict)
@@ -275,7 +276,3 @@ async def _main() -> None:
     gateway.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
     async with gateway.session:
         await service.serve()
-
-
-if __name__ == "__main__":
-    asyncio.run(_main())

@@ -6,16 +6,17 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from .lifeline import attach
+from .lifeline import Lifeline
 
 
-async def _main() -> None:
+async def main(lifeline: Lifeline) -> None:
+    """Serve until told to stop."""
     from aiohttp import web
     from prometheus_client import Counter, Histogram
 
     from .service import Service
 
-    service = Service(attach())
+    service = Service(lifeline)
     config = service.config
     model: Any = None
     predictions = Counter("sandbox_predictions_total", "Predictions by result", ["result"], registry=service.registry)
@@ -54,7 +55,3 @@ async def _main() -> None:
 
     service.app.router.add_post("/predict", predict)
     await service.serve(started)
-
-
-if __name__ == "__main__":
-    asyncio.run(_main())

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import Gauge
 
-from .lifeline import attach, listen
+from .lifeline import Lifeline, listen
 from .link import Link, Rule, client_side
 from .service import Service
 
@@ -116,15 +116,12 @@ class Proxy:
         link.changed()
 
 
-async def _main() -> None:
-    service = Service(attach())
+async def main(lifeline: Lifeline) -> None:
+    """Serve until told to stop."""
+    service = Service(lifeline)
     proxy = Proxy(service)
     service.app.router.add_put("/links", service.guarded(proxy.put_links))
     service.app.router.add_post("/rules", service.guarded(proxy.add_rule))
     service.app.router.add_get("/rules", service.guarded(proxy.get_rules))
     service.app.router.add_delete("/rules/{lease_id}", service.guarded(proxy.remove_rules))
     await service.serve()
-
-
-if __name__ == "__main__":
-    asyncio.run(_main())

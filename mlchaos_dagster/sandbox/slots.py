@@ -141,8 +141,8 @@ class Slot:
     def _spawn(self) -> None:
         reader, writer = os.pipe()
         settings = {**self._settings(), "name": self.name, "port": self.last_port, "report_fd": writer}
-        module = f"mlchaos_dagster.sandbox.{self.role}"
-        command = [sys.executable, "-m", module, "--sandbox", str(self._directory), "--name", self.name]
+        command = [sys.executable, "-m", "mlchaos_dagster.sandbox.child", self.role]
+        command += ["--sandbox", str(self._directory), "--name", self.name]
         self._exited.clear()
         try:
             with open(self._directory / "logs" / f"{self.name}.log", "ab") as log:
