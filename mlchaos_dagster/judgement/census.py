@@ -61,7 +61,11 @@ class Requests:
         """Sort by due time and check.
 
         Args:
-            due_s, done_s, ok, sent_s, path: shape (n,) each; `sent_s` defaults to `due_s`, `path` to empty.
+            due_s: shape (n,), as all of them; when each request was due.
+            done_s: when it was answered or given up.
+            ok: whether it was answered well.
+            sent_s: when it was sent; default: when due.
+            path: which path answered; default: unknown.
 
         Raises:
             ValueError: unequal lengths, or a time that is not finite.
@@ -252,7 +256,10 @@ def gauge_census(times_s: npt.ArrayLike, values: npt.ArrayLike, start_s: float, 
     A value stands from its time until the next one; before the first it is unknown and left out.
 
     Args:
-        times_s, values: shape (n,), any order; of two values at one time the later listed stands.
+        times_s: shape (n,), any order.
+        values: shape (n,); of two at one time the later listed stands.
+        start_s: start of the window.
+        end_s: its end.
 
     Raises:
         ValueError: unequal lengths, or a NaN.

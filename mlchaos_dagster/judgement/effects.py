@@ -77,8 +77,11 @@ def proportion_effect(
     """Difference of two shares of True (availability: `requests.ok`; error rate: `~requests.ok`).
 
     Args:
-        baseline, during: shape (n,) of bool or 0/1, in time order.
+        baseline: shape (n,) of bool or 0/1, in time order.
+        during: the same of the window.
         seed: of the resampling; equal seeds give equal results.
+        confidence: of the interval.
+        resamples: how many, at most.
 
     Raises:
         ValueError: an empty window, or a value other than 0 and 1.
@@ -127,9 +130,12 @@ def mean_effect(
     """Difference of two means.
 
     Args:
-        baseline, during: shape (n,), in time order. An infinite value (a failed request without a
-            penalty) makes the mean infinite and the interval unbounded, and the result says so.
+        baseline: shape (n,), in time order. An infinite value (a failed request without a penalty) makes
+            the mean infinite and the interval unbounded, and the result says so.
+        during: the same of the window.
         seed: of the resampling.
+        confidence: of the interval.
+        resamples: how many, at most.
 
     Raises:
         ValueError: an empty window or a NaN.
@@ -163,9 +169,12 @@ def quantile_effect(
     depends on and which infinite values do not disturb.
 
     Args:
-        baseline, during: shape (n,), in time order; may hold +inf.
+        baseline: shape (n,), in time order; may hold +inf.
+        during: the same of the window.
         q: in (0, 1).
         seed: of the resampling.
+        confidence: of the interval.
+        resamples: how many, at most.
 
     Raises:
         ValueError: an empty window, a NaN, or q outside (0, 1).

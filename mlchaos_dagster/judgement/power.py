@@ -76,6 +76,8 @@ def detectable_proportion(
         n_window: requests in the planned window.
         seed: of the resampling.
         n_baseline: requests in the planned baseline; default as many as seen.
+        alpha: false-alarm probability, one-sided.
+        power: probability of finding it.
 
     Raises:
         ValueError: nothing seen, nothing planned, or values other than 0 and 1.
@@ -108,7 +110,12 @@ def detectable_shift(
 
     Args:
         baseline: shape (n,), in time order; finite for a mean, may hold +inf for a quantile.
-        n_window, n_baseline, seed: as in :func:`detectable_proportion`.
+        n_window: samples in the planned window.
+        seed: of the resampling.
+        q: which quantile; None for the mean.
+        n_baseline: samples in the planned baseline; default as many as seen.
+        alpha: false-alarm probability, one-sided.
+        power: probability of finding it.
 
     Raises:
         ValueError: nothing seen, nothing planned, a NaN, or an infinite value under a mean.
@@ -142,7 +149,10 @@ def needed_for_proportion(
         baseline_bad: as in :func:`detectable_proportion`.
         effect: the rise to be seen, 0 to 1.
         rate_per_s: requests per second.
+        seed: of the resampling.
         baseline_ratio: planned baseline length / window length.
+        alpha: false-alarm probability, one-sided.
+        power: probability of finding it.
         limit_s: give up beyond this.
 
     Raises:

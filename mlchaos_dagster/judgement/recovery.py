@@ -201,7 +201,11 @@ def steady_from_evaluations(
     """The same for SLOs known only as evaluations (Prometheus, a mean, a gauge), at their own resolution.
 
     Args:
-        times_s, met: shape (n,), in time order; each evaluation stands until the next.
+        times_s: shape (n,), in time order.
+        met: shape (n,): whether the SLO held; each evaluation stands until the next.
+        origin_s: nothing before it counts.
+        dwell_s: how long it must hold.
+        until_s: end of the observation.
 
     Returns:
         The first evaluation at or after `origin_s` that is met, as are all within `dwell_s` of it. Censored
@@ -245,7 +249,11 @@ def regained(
     that reaches the end of the observation.
 
     Args:
-        times_s, values: shape (n,), steps in time order.
+        times_s: shape (n,), steps in time order.
+        values: shape (n,).
+        at_least: the level.
+        origin_s: nothing before it counts, but the value that stood then.
+        until_s: end of the observation.
     """
     t, v = np.asarray(times_s, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if t.shape != v.shape or t.ndim != 1 or (np.diff(t) < 0).any():
