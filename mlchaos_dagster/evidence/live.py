@@ -83,7 +83,8 @@ class LiveState:
         if data.get("planned"):
             self.planned[phase] = float(data["planned"])
         self.requests = int(data.get("requests") or self.requests)
-        for name, value in {**(data.get("signals") or {}), **(data.get("slis") or {})}.items():
+        now: dict[str, Any] = {**(data.get("signals") or {}), **(data.get("slis") or {})}
+        for name, value in now.items():
             known = isinstance(value, (int, float)) and not math.isnan(value)
             self.series.setdefault(str(name), deque(maxlen=_HISTORY)).append(float(value) if known else None)
         self.aborts = list(data.get("abort") or ())
@@ -174,7 +175,8 @@ class LiveState:
             ]
             return [*line, (" · ".join(texts) or "no limit declared; blind or stopped", "")]
         nearest = next((a for a in self.aborts if a.get("since") is not None), self.aborts[0])
-        name, unit = str(nearest.get("sli", "")), nearest.get("unit")
+        name = str(nearest.get("sli", ""))
+        unit: Any = nearest.get("unit")
         if unit not in ("ratio", "s", ""):
             sli = self.environment.slis.get(name)
             unit = sli.shown_unit if sli else ""

@@ -35,6 +35,7 @@ _STYLE: Any = {
     "hatch.linewidth": 0.8,
     "svg.fonttype": "none",
     "svg.hashsalt": "mlchaos",
+    "text.parse_math": False,
 }
 """DejaVu Sans comes with matplotlib; a reader's browser without it takes Verdana, which has the same widths."""
 _MARK_COLOURS = {"fault": "ink", "bad": "bad", "good": "good"}
@@ -87,7 +88,7 @@ def picture_png(record: RunRecord, samples: Samples, verdict: Verdict, width_px:
             figure.set_dpi(width_px / _WIDTH_IN)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
-            image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+            image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
             out = io.BytesIO()
             # 64 colours are enough for flat areas and antialiased text, and a third of the size.
             image.quantize(64, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(

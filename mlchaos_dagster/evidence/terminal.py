@@ -5,6 +5,7 @@ Plain text; colour is an addition that carries nothing alone. The live view is i
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def end_block(
     first, *rest = words.explanation(record, verdict)
     for sentence in (first, *rest):
         loud = verdict.outcome is Outcome.UNCLEAN and sentence is first
-        lines += [[("  " + text, "bold red" if loud else "")] for text in textwrap.wrap(sentence, width - 2)]
+        lines += [[("  " + text, "bold red" if loud else "")] for text in _wrap(sentence, width - 2)]
     if verdict.outcome is Outcome.UNCLEAN:
         lines += _shout(record, width)
     lines += _table(record, verdict, width)
@@ -72,7 +73,7 @@ def end_block(
     if any(row.interval.endswith("*") for row in sli_rows(record, verdict)):
         notes.append("* the interval is not to be trusted; the report says why.")
     for note in notes:
-        lines += [[("  " + text, "dim")] for text in textwrap.wrap(note, width - 2)]
+        lines += [[("  " + text, "dim")] for text in _wrap(note, width - 2)]
     lines += _footer(record, report_path, dagster_hint, width)
     text = "\n".join(paint(line, color) for line in lines)
     known = secrets_in(record.environment.model_dump(mode="json"), record.experiment.model_dump(mode="json"))
@@ -90,6 +91,12 @@ def paint(segments: Iterable[Segment], color: bool) -> str:
         Style.parse(style).render(text, color_system=ColorSystem.STANDARD) if style else text
         for text, style in segments
     ).rstrip()
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns; a number is never parted from its unit, nor a sign from its limit."""
+    tied = re.sub(r"(\d|[≥≤<>]) (?=%|ms\b|s\b|m\b|h\b|pp\b|\d)", "\\1\u00a0", text)
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(tied, width)]
 
 
 def _title(record: RunRecord, verdict: Verdict, width: int) -> list[Segment]:
@@ -182,7 +189,7 @@ def _effects(rows: Sequence[SliRow]) -> list[str]:
 def _fact(label: str, text: str, width: int, grid: _Grid, limit: str = "", mark: str = "") -> list[list[Segment]]:
     """A labelled text, wrapped, with its limit and mark under those of the table where there is room."""
     lines: list[list[Segment]] = []
-    for i, part in enumerate(textwrap.wrap(text, max(20, width - grid.label)) or [""]):
+    for i, part in enumerate(_wrap(text, max(20, width - grid.label)) or [""]):
         lines.append([(f"  {label if i == 0 else '':<{grid.label - 2}}", "bold"), (part, "")])
     if not limit and not mark:
         return lines

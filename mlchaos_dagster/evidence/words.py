@@ -137,7 +137,12 @@ def total_s(record: RunRecord) -> float:
 
 def when(record: RunRecord, t: float = 0.0) -> str:
     """An instant of the run as UTC time of day and date."""
-    return datetime.fromtimestamp(record.wall(t), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return utc(record.wall(t))
+
+
+def utc(unix_s: float) -> str:
+    """Unix time as UTC date and time of day."""
+    return datetime.fromtimestamp(unix_s, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def iso(record: RunRecord, t: float | None) -> str | None:
