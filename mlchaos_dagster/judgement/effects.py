@@ -212,7 +212,7 @@ def widening(n: int, tau: float, block: int, confidence: float = 0.95) -> float:
     """By what factor a moving-block percentile interval must be widened about its estimate, at least 1.
 
     Blocks of length b cut the correlations between them: the resampled variance misses the share
-    (τ − 1/τ) / 2b of an AR(1) series' (Künsch 1989, Theorem 3.3's bias). And it is itself estimated from
+    (τ − 1/τ) / 2b of an AR(1) series' (the bootstrap's bias: each lag k is weighted 1 − k/b). And it is itself estimated from
     n / b blocks only: Student's quantile in place of the normal one (Cornish-Fisher's first term).
     Measured on AR(1) and sticky Bernoulli series: tests/judgement/test_effects.py.
     """
