@@ -98,7 +98,9 @@ class _Shelf(Generic[M]):
             near = nearest(name, named)
             hint = f' Did you mean "{near}"?' if near else ""
             known = ", ".join(named) if len(named) <= 20 else f"{', '.join(list(named)[:20])}, … ({len(named)} in all)"
-            raise SpecError(one_line(f'no {self.kind} "{name}".{hint} Allowed: {known or "none, the library is empty"}'))
+            raise SpecError(
+                one_line(f'no {self.kind} "{name}".{hint} Allowed: {known or "none, the library is empty"}')
+            )
         return named[name]
 
     def all(self) -> list[Parsed[M]]:
@@ -126,10 +128,13 @@ class Catalog:
         Raises:
             SpecError: a root is not a directory.
         """
-        self.roots = [*roots, *([SHIPPED] if shipped else [])]
+        # the shipped one first: of two files with one name the problem is then the user's, who can rename it
+        self.roots = [*([SHIPPED] if shipped else []), *roots]
         for root in self.roots:
             if not root.is_dir():
-                raise SpecError("no such directory. Allowed: a folder with experiments/, environments/, suites/", str(root))
+                raise SpecError(
+                    "no such directory. Allowed: a folder with experiments/, environments/, suites/", str(root)
+                )
         self._experiments = _Shelf("experiment", Experiment, self.roots)
         self._environments = _Shelf("environment", Environment, self.roots)
         self._suites = _Shelf("suite", Suite, self.roots)

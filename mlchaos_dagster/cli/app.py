@@ -34,6 +34,7 @@ class Word(click.ParamType):
         self.what, self.allowed = what, list(allowed)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word itself. Fails with the nearest right one."""
         if value in self.allowed:
             return value
         self.fail(self._unknown(str(value)), param, ctx)
@@ -46,9 +47,11 @@ class Word(click.ParamType):
         return f'no such {self.what} "{word}".{hint} Allowed: {", ".join(self.allowed)}.'
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The words, for help."""
         return "|".join(self.allowed)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        """The words that begin so."""
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(word) for word in self.allowed if word.startswith(incomplete)]
@@ -61,6 +64,7 @@ class Names(click.ParamType):
         self.name, self.kind = kind, kind
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        """The names that begin so; none where the library is wrong."""
         from click.shell_completion import CompletionItem
 
         from mlchaos_dagster.errors import MlChaosError

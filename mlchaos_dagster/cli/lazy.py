@@ -17,9 +17,11 @@ class LazyGroup(click.Group):
         self.lazy = lazy or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table, not of the alphabet."""
         return list(self.lazy)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command now; None when there is none."""
         if cmd_name not in self.lazy:
             return None
         command = importlib.import_module(self.lazy[cmd_name][0]).command
@@ -29,6 +31,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click, but an unknown word tells the nearest one."""
         word = args[0] if args else ""
         if word not in self.lazy and not ctx.resilient_parsing:
             near = get_close_matches(word, self.lazy, 1)
@@ -37,5 +40,6 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """From the table, without importing anything."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])

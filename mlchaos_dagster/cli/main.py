@@ -148,7 +148,7 @@ def _internal(error: Exception, arguments: Sequence[str]) -> int:
         )
     )
     where = "could not be written"
-    for folder in (settings.load().home.root, Path(tempfile.gettempdir())):
+    for folder in (_given_home(arguments) or settings.load().home.root, Path(tempfile.gettempdir())):
         path = folder / f"error-{number}.log"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +159,16 @@ def _internal(error: Exception, arguments: Sequence[str]) -> int:
         break
     _say(f"internal error {number}: {_one_line(f'{type(error).__name__}: {error}', 300)}; details {where}")
     return EXIT_INTERNAL
+
+
+def _given_home(arguments: Sequence[str]) -> Path | None:
+    """`--home`, read by hand: the parser may be what failed."""
+    for i, word in enumerate(arguments):
+        if word == "--home" and i + 1 < len(arguments):
+            return Path(arguments[i + 1])
+        if word.startswith("--home="):
+            return Path(word.removeprefix("--home="))
+    return None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Everything that can be wrong with the input is said before Dagster is imported a
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ class Request:
 @click.option("--seed", type=int, metavar="N", help="Seed of all random choices (default: from the run id).")
 @common
 def command(names: tuple[str, ...], **options: Any) -> None:
-    """Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
+    r"""Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
 
     \b
     Exit code: 0 HELD · 1 DEVIATED · 2 wrong input · 3 REFUSED · 4 ABORTED · 5 INCONCLUSIVE · 6 internal error ·
@@ -161,7 +160,9 @@ def _from_file(app: App, environment: Environment, path: Path) -> tuple[Request,
         experiment = build(AdHoc(words.type, target, words.name, words.duration, words.params), environment)
     except SpecError as e:
         places = {"--type": "type", "--target": "target", "--name": "name", "--param": "params"}
-        moved = [Problem(document.where((places.get(p.where, ""),)), f"{places[p.where]}: {p.what}") for p in e.problems]
+        moved = [
+            Problem(document.where((places.get(p.where, ""),)), f"{places[p.where]}: {p.what}") for p in e.problems
+        ]
         raise SpecError(moved) from e
     return _unscaled(experiment, environment), words.safety_threshold
 
@@ -187,5 +188,3 @@ def _ready(app: App, names: list[str], environment: Environment) -> list[Experim
     if problems:
         raise SpecError(list(dict.fromkeys(problems)))
     return found
-
-

@@ -31,7 +31,7 @@ def up() -> None:
             "--environment",
         )
     try:
-        config = api.SandboxConfig(replicas=options.replicas, mechanisms=dict(options.mechanisms))
+        config = api.SandboxConfig(replicas=options.replicas, mechanisms=dict[str, bool](options.mechanisms))
         found = api.up(_directory(app), config)
     except api.SandboxConfigError as e:
         raise ConfigError(f"sandbox: {e}") from e

@@ -22,6 +22,8 @@ def check_experiment(
     """Everything that keeps the experiment from running in the environment; empty when nothing does.
 
     Args:
+        experiment: what is to run.
+        environment: where.
         parsed: the parsed file, for `file:line:column`; without it problems name the experiment.
     """
     found = _Found(experiment, environment, parsed)
@@ -113,7 +115,11 @@ class _Found:
             return
         expected = self.environment.slis[name].shown_unit
         if limit.unit != expected:
-            allowed = {"ratio": "a percentage, such as 99%", "s": "a duration, such as 300ms", "": "a number, such as 2"}
+            allowed = {
+                "ratio": "a percentage, such as 99%",
+                "s": "a duration, such as 300ms",
+                "": "a number, such as 2",
+            }
             given = {"ratio": "a percentage", "s": "a duration", "": f"{limit.value:g} without a unit"}
             measured = {"ratio": "a ratio", "s": "a time", "": "a plain number"}
             self.add(

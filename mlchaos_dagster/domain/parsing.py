@@ -232,7 +232,9 @@ class _Words:
         value = _shown(node) if node is not None else repr(item.get("input"))
         ctx: dict[str, Any] = item.get("ctx", {})
         if kind == "literal_error":
-            allowed = [w.strip("'").replace("True", "true") for w in str(ctx["expected"]).replace(" or ", ", ").split(", ")]
+            allowed = [
+                w.strip("'").replace("True", "true") for w in str(ctx["expected"]).replace(" or ", ", ").split(", ")
+            ]
             word = str(item["input"])
             near = nearest(word, allowed)
             hint = f" Did you mean {_quoted(near)}?" if near and near != word else ""

@@ -24,9 +24,7 @@ def schema_of(kind: Kind) -> dict[str, Any]:
 
 def texts() -> dict[str, str]:
     """File name → what it must hold."""
-    return {
-        f"{kind}.schema.json": json.dumps(schema_of(kind), indent=2, ensure_ascii=False) + "\n" for kind in MODELS
-    }
+    return {f"{kind}.schema.json": json.dumps(schema_of(kind), indent=2, ensure_ascii=False) + "\n" for kind in MODELS}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,120 @@
+"""Library directories: names, duplicates, wrong files beside good ones, speed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mlchaos_dagster.catalog import SHIPPED, Catalog
+from mlchaos_dagster.errors import SpecError
+
+from .test_parsing import GOOD
+
+
+def library(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / "experiments" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_the_shipped_library_parses_cross_checks_and_names_a_mechanism_each() -> None:
+    catalog = Catalog()
+    checked = catalog.check(catalog.environment("sandbox"))
+    assert checked.problems == [] and checked.files == len(catalog.files())
+    assert {e.name for e in catalog.experiments()} >= {
+        "serving-pod-failure",
+        "serving-pod-delete",
+        "feature-store-delay",
+        "feature-store-partition",
+        "gateway-to-model-latency",
+        "serving-packet-loss",
+    }
+    assert all(e.teeth is not None for e in catalog.experiments())
+    assert {s.name for s in catalog.suites()} == {"smoke", "nightly", "weekly"}
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_files_are_named_as_their_experiment(path: Path) -> None:
+    assert f"\nname: {path.stem}\n" in path.read_text()
+
+
+def test_the_nightly_schedule_says_window_days_interval_and_zone() -> None:
+    schedule = Catalog().suite("nightly").schedule
+    assert schedule is not None
+    assert (schedule.window, schedule.days, schedule.min_interval, schedule.timezone) == (
+        "02:00-04:00",
+        ("mon", "tue", "wed", "thu", "fri"),
+        8 * 3600,
+        "UTC",
+    )
+
+
+def test_the_smoke_suite_fits_in_two_minutes_on_paper() -> None:
+    catalog = Catalog()
+    environment = catalog.environment("sandbox")
+    seconds = 0.0
+    for name in catalog.suite("smoke").experiments:
+        e = catalog.experiment(name)
+        seconds += environment.sampling.baseline + environment.scaled(e.duration) + e.recovery.dwell + 4
+    assert seconds <= 120
+
+
+def test_an_unknown_name_tells_the_nearest() -> None:
+    with pytest.raises(SpecError, match='no experiment "serving-pod-failur". Did you mean "serving-pod-failure"?'):
+        Catalog().experiment("serving-pod-failur")
+    with pytest.raises(SpecError, match='no suite "smok". Did you mean "smoke"?'):
+        Catalog().suite("smok")
+    with pytest.raises(SpecError, match='no environment "prod". Allowed: sandbox'):
+        Catalog().environment("prod")
+
+
+def test_a_name_in_two_files_is_an_error_that_names_both(tmp_path: Path) -> None:
+    root = library(tmp_path, mine=GOOD)
+    catalog = Catalog([root])
+    with pytest.raises(SpecError) as caught:
+        catalog.experiments()
+    assert 'the experiment "serving-pod-failure" is already in ' in str(caught.value)
+    assert "mine.yaml:2:7  name: " in str(caught.value) and "serving/serving-pod-failure.yaml" in str(caught.value)
+    with pytest.raises(SpecError, match="already in"):
+        catalog.experiment("serving-pod-failure")
+    assert catalog.experiment("serving-pod-delete").area == "serving"
+
+
+def test_a_wrong_file_does_not_hide_the_good_ones(tmp_path: Path) -> None:
+    root = library(tmp_path, wrong="a: [", fine=GOOD.replace("name: serving-pod-failure", "name: fine"))
+    catalog = Catalog([root])
+    assert catalog.experiment("fine").name == "fine"
+    with pytest.raises(SpecError, match="not YAML"):
+        catalog.experiment("wrong")
+    with pytest.raises(SpecError, match="not YAML"):
+        catalog.experiments()
+    assert catalog.check().wrong_files == 1
+
+
+def test_a_library_that_is_not_there() -> None:
+    with pytest.raises(SpecError, match="no such directory"):
+        Catalog([Path("/nowhere")])
+
+
+def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "experiments" / "huge.yaml"
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as f:
+        f.truncate(10 * 1024**3)  # sparse: reading it would take minutes
+    before = time.perf_counter()
+    with pytest.raises(SpecError, match="larger than 1 MiB"):
+        Catalog([tmp_path], shipped=False).experiment("huge")
+    assert time.perf_counter() - before < 1.0
+
+
+def test_a_thousand_files(tmp_path: Path) -> None:
+    texts = {f"e{i}": GOOD.replace("name: serving-pod-failure", f"name: e{i}") for i in range(1000)}
+    catalog = Catalog([library(tmp_path, **texts)])
+    before = time.process_time()
+    checked = catalog.check(catalog.environment("sandbox"))
+    assert checked.files > 1000 and checked.problems == []
+    assert time.process_time() - before < 3.0

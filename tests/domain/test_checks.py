@@ -1,0 +1,70 @@
+"""What only an environment can tell: said in words, with the place in the file."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlchaos_dagster.catalog import Catalog
+from mlchaos_dagster.domain.checks import check_experiment, check_suite
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.parsing import Parsed, parse_any, parse_model
+from mlchaos_dagster.domain.spec import Suite
+
+from .test_parsing import GOOD
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Environment:
+    return Catalog().environment("sandbox")
+
+
+def problems(text: str, environment: Environment) -> list[str]:
+    parsed = parse_any(text, "f.yaml")
+    return [str(p) for p in check_experiment(parsed.value, environment, parsed)]
+
+
+def test_the_example_of_the_design_runs_in_the_sandbox(sandbox: Environment) -> None:
+    assert problems(GOOD, sandbox) == []
+
+
+WRONG = [
+    ("sli: latency_p95", "sli: latency_p9", 'f.yaml:13:11  steady_state[1].sli: no such SLI "latency_p9". Did you mean "latency_p99"? Allowed in sandbox: availability, '),
+    ("sli: error_rate", "sli: zebra", 'f.yaml:17:15  abort[0].sli: no such SLI "zebra". Allowed in sandbox: '),
+    ("target: prediction-service", "target: prediction", 'f.yaml:7:9  target: no such target "prediction". Did you mean "prediction-service"? Allowed in sandbox: '),
+    ("signal: ready_replicas", "signal: ready", 'f.yaml:15:14  expect[0].signal: no such signal "ready". '),
+    ("at_least: 99%", "at_least: 99", "f.yaml:12:35  steady_state[0].at_least: availability is a ratio, not 99 without a unit. Allowed: a percentage, such as 99%."),
+    ("below: 300ms", "below: 5%", "f.yaml:13:31  steady_state[1].below: latency_p95 is a time, not a percentage. Allowed: a duration, such as 300ms."),
+    ("fraction: 30%", "count: 4", "f.yaml:9:23  blast_radius.count: 4 is more than exists in environment sandbox. Allowed: 1 to 3."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), WRONG, ids=[w[1] for w in WRONG])
+def test_what_the_environment_does_not_have(old: str, new: str, expected: str, sandbox: Environment) -> None:
+    (line,) = problems(GOOD.replace(old, new, 1), sandbox)
+    assert line.startswith(expected)
+
+
+def test_a_fault_without_a_backend_and_a_radius_above_the_limit(sandbox: Environment) -> None:
+    limits = sandbox.limits.model_copy(update={"max_fraction": 0.2})
+    poor = sandbox.model_copy(update={"backends": {"sandbox": ("pod_delete",)}, "limits": limits})
+    kind, radius = problems(GOOD, poor)
+    assert kind == (
+        "f.yaml:8:15  fault.kind: no backend of environment sandbox serves pod_failure. Allowed: pod_delete."
+    )
+    assert radius.startswith("f.yaml:9:26  blast_radius.fraction: 30 % is above limits.max_fraction")
+
+
+def test_without_a_file_problems_name_the_experiment(sandbox: Environment) -> None:
+    experiment = parse_any(GOOD.replace("sli: error_rate", "sli: zebra")).value
+    (problem,) = check_experiment(experiment, sandbox)
+    assert problem.where == "serving-pod-failure"
+
+
+def test_a_suite_of_unknown_and_repeated_names() -> None:
+    text = "schema: mlchaos/v1\nname: s\ntitle: S\nexperiments: [good, goood, good]\n"
+    parsed: Parsed[Suite] = parse_model(text, "s.yaml", Suite)
+    found = [str(p) for p in check_suite(parsed.value, ["good"], parsed)]
+    assert found == [
+        's.yaml:4:21  experiments[1]: no such experiment "goood". Did you mean "good"? Allowed: good.',
+        's.yaml:4:28  experiments[2]: "good" is in the suite twice. Allowed: once.',
+    ]
