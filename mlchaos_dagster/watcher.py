@@ -15,16 +15,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Driver, Lease, Owner, SystemClock
 from mlchaos_dagster.engine.processes import SystemProcesses
-from mlchaos_dagster.engine.watchdog import BEAT_BYTES, TICK_S, Pipe, Watchdog
+from mlchaos_dagster.engine.watchdog import BEAT_BYTES, GIVE_UP_S, TICK_S, Pipe, Watchdog
 from mlchaos_dagster.settings import Home
 
 
@@ -54,6 +53,25 @@ class OwnersPipe:
             time.sleep(seconds)
         else:
             select.select([self.descriptor], [], [], seconds)
+
+
+class Beat:
+    """The heartbeat: a counter written in place, which needs no room on the disk. Moves only after a tick that worked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+
+    def move(self) -> None:
+        """One beat. Never raises: who cannot beat must watch all the same."""
+        self.count += 1
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.pwrite(descriptor, f"{self.count}\n".rjust(BEAT_BYTES, "0").encode(), 0)
+            finally:
+                os.close(descriptor)
+        except OSError as e:
+            log(f"no heartbeat: {e}")
 
 
 class Prepared:
@@ -125,24 +143,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=SystemProcesses(),
         told=log,
     )
-    beat, count, ended = os.open(options.beat, os.O_WRONLY | os.O_CLOEXEC), 0, False
-    while not ended:
+    beat, well_at = Beat(Path(options.beat)), clock.monotonic()
+    while True:
         try:
-            ended = not watchdog.tick(leave=bool(leave))
-            count += 1
-            os.pwrite(beat, f"{count}\n".rjust(BEAT_BYTES, "0").encode(), 0)
+            if not watchdog.tick(leave=bool(leave)):
+                return 0
+            beat.move()
+            well_at = clock.monotonic()
             prepared.ahead(options.driver, "")
             _prepare(prepared, watchdog.known.values())
         except Exception as e:  # noqa: BLE001 - the last ring must not break; without beats the owner aborts
             log(f"{type(e).__name__}: {e}")
-            time.sleep(TICK_S)
-        if not ended:
-            pipe.wait(TICK_S)
-    return 0
+            if pipe.state() != "open" and clock.monotonic() - well_at > GIVE_UP_S:
+                return 1
+            clock.sleep(TICK_S)
+        pipe.wait(TICK_S)
 
 
-def _prepare(prepared: Prepared, leases: Any) -> None:
-    lease: Lease
+def _prepare(prepared: Prepared, leases: Iterable[Lease]) -> None:
     for lease in leases:
         prepared.ahead(lease.driver, lease.environment)
 

@@ -128,6 +128,11 @@ class RenewalObserver:
         seen = self._seen.get(lease.id)
         return seen is not None and self._last - seen.since >= self.ttl_s
 
+    def moved(self, lease: Lease) -> bool:
+        """A renewal was seen since the first look."""
+        seen = self._seen.get(lease.id)
+        return seen is not None and seen.moved
+
     def watch(self, leases: Sequence[Lease], poll_s: float = 0.1) -> set[str]:
         """Look until every lease has renewed or was silent for `ttl_s`; the ids of the silent ones.
 
@@ -137,7 +142,7 @@ class RenewalObserver:
         while True:
             self.look(leases)
             silent = {x.id for x in leases if self.silent(x)}
-            told = all(x.id in silent or self._seen[x.id].moved for x in leases)
+            told = all(x.id in silent or self.moved(x) for x in leases)
             if told or self.clock.monotonic() >= end:
                 return silent
             self.clock.sleep(poll_s)

@@ -103,12 +103,28 @@ class Watchdog:
         leases = self.leases()
         if not leases:
             # A closed pipe with a living owner and no lease: a lost handle. It may open one yet, so stay.
-            return not (gone or leave or pipe == "bye")
+            return not (gone or leave or pipe == "bye") or self._strays()
         self.observer.look(leases)
         why = self._why(leases, pipe, gone)
         if not why or self.clock.monotonic() < self._next_try:
             return True
-        return self._act(leases, why)
+        # Who said good-bye injects no more, and has a record to write: it is fenced, but not killed.
+        return self._act(leases, why, spare=pipe == "bye" and not gone)
+
+    def _strays(self) -> bool:
+        """Lease files that were unreadable before their run could be read: ours perhaps, or nobody's.
+
+        Whoever owns one is refused at its next check, so taking a silent one over does no live run harm.
+
+        Returns:
+            Whether there are any that may yet turn out to be left behind.
+        """
+        strays = [x for x in map(self.ledger.stub, self.ledger.unreadable()) if x is not None]
+        self.observer.look(strays)
+        silent = [x for x in strays if self.observer.silent(x)]
+        if silent and self.clock.monotonic() >= self._next_try:
+            return self._act(silent, f"unreadable, and no renewal was seen for {self.observer.ttl_s:g} s", spare=False)
+        return any(not self.observer.moved(x) for x in strays)
 
     def _why(self, leases: list[Lease], pipe: Pipe, gone: bool) -> str:
         if gone:
@@ -123,7 +139,7 @@ class Watchdog:
             return f"it is more than {OVERDUE_S:g} s past its deadline"
         return ""
 
-    def _act(self, leases: list[Lease], why: str) -> bool:
+    def _act(self, leases: list[Lease], why: str, *, spare: bool) -> bool:
         if self._first_try is None:
             self._first_try = self.clock.monotonic()
         self.told(f"{why}: taking over {', '.join(x.id for x in leases)}")
@@ -134,6 +150,7 @@ class Watchdog:
             self.incidents,
             only={x.id for x in leases},
             force=why,
+            mine=self.owner if spare else None,
             by=f"watchdog {os.getpid()}",
             processes=self.processes,
             known=self.known,
@@ -162,7 +179,7 @@ class WatchdogHandle:
 
     def __init__(self, process: subprocess.Popen[bytes], beat: Path, log: Path, clock: Clock) -> None:
         self.process, self.beat, self.log, self.clock = process, beat, log, clock
-        self._count, self._moved_at, self._looked_at = 0, float("-inf"), float("-inf")
+        self._count, self._moved_at, self._asked_at = 0, float("-inf"), float("-inf")
         self._closed = False
 
     @property
@@ -174,15 +191,16 @@ class WatchdogHandle:
         """Whether its heartbeat moved within `SILENT_S`. False until the first beat, and once it has exited."""
         if self._closed or self.process.poll() is not None:
             return False
+        now = self.clock.monotonic()
+        unasked, self._asked_at = now - self._asked_at, now
         if self._look():
             return True
-        if self.clock.monotonic() - self._looked_at > SILENT_S / 2:
-            # Nobody looked for long: this process, or the whole machine, was stopped. Give it two beats' time.
+        if self._count and unasked > SILENT_S / 2:
+            # Nobody asked for long: this process, or the whole machine, was stopped. Give it two beats' time.
             for _ in range(10):
                 self.clock.sleep(TICK_S / 5)
                 if self._look():
                     return True
-        self._looked_at = self.clock.monotonic()
         return False
 
     def wait_alive(self, timeout_s: float = 10.0) -> bool:
@@ -229,10 +247,7 @@ class WatchdogHandle:
         count = int(text) if text.isdigit() else 0
         if count != self._count:
             self._count, self._moved_at = count, now
-        if now - self._moved_at > SILENT_S:
-            return False
-        self._looked_at = now
-        return True
+        return now - self._moved_at <= SILENT_S
 
 
 def start_watchdog(
