@@ -77,7 +77,8 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
         keys_by_output_name=asset,
         # As people read it, down the graph; the ops' own order is what is executed.
         internal_asset_deps={
-            phase: {asset[before]} if before else set() for before, phase in zip(("", *keys.PHASES), keys.PHASES, strict=False)
+            phase: {asset[before]} if before else set()
+            for before, phase in zip(("", *keys.PHASES), keys.PHASES, strict=False)
         },
         can_subset=False,
         group_name=keys.python_name(experiment.area),

@@ -53,7 +53,9 @@ def build(environment: Environment, pairs: Sequence[Pair]) -> list[dg.AssetsDefi
             "limit": limit,
             "detail": budget.detail if budget else "none declared",
         }
-        yield dg.Output([row], metadata={**md.numbers({"remaining": row["remaining"], "limit": limit}), "detail": row["detail"]})
+        yield dg.Output(
+            [row], metadata={**md.numbers({"remaining": row["remaining"], "limit": limit}), "detail": row["detail"]}
+        )
         yield dg.AssetCheckResult(
             check_name="budget_above_limit",
             asset_key=dg.AssetKey([prefix, "error_budget"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 import yaml
+from dagster._core.errors import DagsterHomeNotSetError
 from dagster._core.instance.ref import InstanceRef
 
 from mlchaos_dagster.errors import ConfigError
@@ -25,7 +26,7 @@ def open_instance(home: Home) -> dg.DagsterInstance:
     try:
         try:
             return dg.DagsterInstance.get()
-        except dg.DagsterHomeNotSetError:
+        except DagsterHomeNotSetError:
             pass
         home.dagster.mkdir(parents=True, exist_ok=True)
         project = home.root.parent
@@ -41,14 +42,15 @@ def _overrides(project: Path, home: Home) -> dict[str, Any]:
     configured: dict[str, Any] = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
     storage = configured.get("storage") or {"sqlite": {"base_dir": str(home.dagster)}}
     found: dict[str, Any] = {"storage": _absolute(storage, project), "telemetry": {"enabled": False}}
-    for name, default in (("compute_logs", "compute_logs"), ("local_artifact_storage", "artifacts")):
+    for name in ("compute_logs", "local_artifact_storage"):
         if isinstance(configured.get(name), dict):
             found[name] = _absolute(configured[name], project)
-        elif name not in configured and name == "compute_logs":
-            found[name] = {
-                "module": "dagster._core.storage.noop_compute_log_manager",
-                "class": "NoOpComputeLogManager",
-            }
+    if "compute_logs" not in configured:
+        # What ops print belongs to the terminal here, not to a file.
+        found["compute_logs"] = {
+            "module": "dagster._core.storage.noop_compute_log_manager",
+            "class": "NoOpComputeLogManager",
+        }
     return found
 
 
@@ -57,6 +59,8 @@ def _absolute(value: Any, project: Path) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        k: str(project / v) if k == "base_dir" and isinstance(v, str) and not Path(v).is_absolute() else _absolute(v, project)
+        k: str(project / v)
+        if k == "base_dir" and isinstance(v, str) and not Path(v).is_absolute()
+        else _absolute(v, project)
         for k, v in value.items()
     }

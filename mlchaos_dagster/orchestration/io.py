@@ -24,7 +24,9 @@ class ResultsIOManager(dg.ConfigurableIOManager):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = pa.Table.from_pandas(obj, preserve_index=False) if hasattr(obj, "iloc") else pa.Table.from_pylist(list(obj))
+        rows = (
+            pa.Table.from_pandas(obj, preserve_index=False) if hasattr(obj, "iloc") else pa.Table.from_pylist(list(obj))
+        )
         path = self._path(context.asset_key, context.run_id)
         filesystem, location = self._open(path)
         filesystem.makedirs(location.rsplit("/", 1)[0], exist_ok=True)

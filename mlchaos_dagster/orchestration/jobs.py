@@ -39,8 +39,10 @@ def suite_job_name(suite: Suite, environment: Environment) -> str:
 
 
 def suite_job(suite: Suite, environment: Environment, pairs: Sequence[Pair]) -> SuiteJob:
-    """The job of a suite. Schedules request one run of it per experiment; launched whole by hand, it takes its
-    experiments one after the other."""
+    """The job of a suite.
+
+    Schedules request one run of it per experiment; launched whole by hand, it takes them one after the other.
+    """
     return dg.define_asset_job(
         name=suite_job_name(suite, environment),
         description=f"{suite.title} ({environment.name})",
@@ -151,6 +153,15 @@ def recover_open_leases(context: dg.OpExecutionContext) -> None:
         context.log.info(line)
 
 
+@dg.op(required_resource_keys={"platform"})
+def release_the_lever(context: dg.OpExecutionContext) -> None:
+    """Let runs in again after an emergency stop; refused while a fault may be live."""
+    platform: Platform = context.resources.platform
+    if held := platform.leases():
+        raise dg.Failure(f"leases are open: {', '.join(lease.id for lease in held)}. Run recover_leases first.")
+    context.log.info("released: runs may start again" if platform.release_lever() else "it was not pulled")
+
+
 def operations(environments: Sequence[Environment], experiments: Sequence[Experiment]) -> list[dg.JobDefinition]:
     """Jobs for people who must act. None carries the tag that the queue limits, so none waits for experiments."""
 
@@ -174,7 +185,12 @@ def operations(environments: Sequence[Environment], experiments: Sequence[Experi
         return operation
 
     return [
-        job("emergency_stop", stop_everything, "Stop every experiment (or the runs given) and prove that nothing is left."),
+        job(
+            "emergency_stop",
+            stop_everything,
+            "Stop every experiment (or the runs given) and prove that nothing is left.",
+        ),
+        job("release_lever", release_the_lever, "Let runs in again after an emergency stop."),
         job("recover_leases", recover_open_leases, "Take away faults whose owner is gone."),
         job("preflight", look_ahead, "What would keep experiments from running now? Touches nothing."),
     ]

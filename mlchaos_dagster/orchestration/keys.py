@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.record import RunRecord, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 
 PHASES = ("experiment", "baseline_metrics", "chaos_metrics", "recovery_analysis", "verdict")
@@ -61,3 +62,8 @@ def run_tags(experiment: Experiment, environment: Environment) -> dict[str, str]
         TAG_ENVIRONMENT: environment.name,
         TAG_TARGET: target_tag(experiment, environment),
     }
+
+
+def outcome_word(record: RunRecord, verdict: Verdict) -> str:
+    """The outcome; a shadow run injected nothing and never counts."""
+    return f"SHADOW-{verdict.outcome.value}" if record.shadow else verdict.outcome.value

@@ -16,7 +16,7 @@ from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import GuardResult, RunRecord, SliResult, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
-from mlchaos_dagster.orchestration.keys import python_name
+from mlchaos_dagster.orchestration.keys import outcome_word, python_name
 
 Row = dict[str, Any]
 Metadata = dict[str, Any]
@@ -168,7 +168,11 @@ def chaos_metadata(record: RunRecord, verdict: Verdict, picture: str) -> Metadat
             "fault_confirmed": dg.MetadataValue.bool(fault.confirmed) if fault else None,
             "fault_evidence": dg.MetadataValue.md(_list(fault.evidence)) if fault and fault.evidence else None,
             "expectations": table(
-                {"expected": e.expected, "seen": {True: "✔ yes", False: "✘ no", None: "not measured"}[e.seen], "saw": e.saw}
+                {
+                    "expected": e.expected,
+                    "seen": {True: "✔ yes", False: "✘ no", None: "not measured"}[e.seen],
+                    "saw": e.saw,
+                }
                 for e in verdict.expectations
             ),
             "abort": f"{abort.cause}: {abort.reason}" if abort else None,
@@ -214,7 +218,9 @@ def recovery_metadata(record: RunRecord, verdict: Verdict) -> Metadata:
     return without_nothing(
         {
             "recovery": table(shown),
-            "clean": dg.MetadataValue.md(_list(record.clean.evidence)) if record.clean and record.clean.evidence else None,
+            "clean": dg.MetadataValue.md(_list(record.clean.evidence))
+            if record.clean and record.clean.evidence
+            else None,
             "censored": ", ".join(r.censored),
             **numbers(
                 {
@@ -242,11 +248,6 @@ MARK = {
     Outcome.UNCLEAN: "‼",
     Outcome.ERROR: "!",
 }
-
-
-def outcome_word(record: RunRecord, verdict: Verdict) -> str:
-    """The outcome; a shadow run injected nothing and never counts."""
-    return f"SHADOW-{verdict.outcome.value}" if record.shadow else verdict.outcome.value
 
 
 def verdict_row(record: RunRecord, verdict: Verdict) -> Row:
@@ -330,7 +331,9 @@ def verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
             "passed": verdict.fault_fired,
             "severity": dg.AssetCheckSeverity.WARN,
             "description": (
-                "; ".join(record.fault.evidence[:3]) or "confirmed" if verdict.fault_fired else why or "its effect was not seen"
+                "; ".join(record.fault.evidence[:3]) or "confirmed"
+                if verdict.fault_fired
+                else why or "its effect was not seen"
             ),
             "metadata": {},
         }

@@ -27,7 +27,7 @@ OPS = ("check_guards", "measure_baseline", "run_fault_window", "judge", "report"
 
 
 def _asset_out(required: bool) -> dg.Out:
-    return dg.Out(dagster_type=dg.Any, is_required=required, io_manager_key=RESULTS_IO)
+    return dg.Out(is_required=required, io_manager_key=RESULTS_IO)
 
 
 def _check_out() -> dg.Out:
@@ -82,7 +82,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             instance=context.instance,
             run_id=context.run_id,
             tags=tags,
-            alone=len(_nodes(context)) == 1,
+            alone=_alone(context, pairs),
         )
         guards = ()
         with session.interruptible("checking guards"):
@@ -169,7 +169,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             )
         for name, arguments in md.verdict_checks(record, verdict).items():
             yield check(context, name, arguments)
-        context.log.info(f"{md.outcome_word(record, verdict)}: {'; '.join(verdict.reasons)}")
+        context.log.info(f"{keys.outcome_word(record, verdict)}: {'; '.join(verdict.reasons)}")
         yield dg.Output(None, "done")
 
     @op("report", {"verdict": _asset_out(True)})
@@ -179,7 +179,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             record, verdict = session.finish(), session.judge()
             published = session.publish()
             markdown = session.platform.markdown(record, session.samples or Samples(), verdict)
-            word = md.outcome_word(record, verdict)
+            word = keys.outcome_word(record, verdict)
             context.instance.add_run_tags(context.run_id, {keys.TAG_OUTCOME: word})
         for problem in published.problems:
             context.log.warning(problem)
@@ -218,11 +218,9 @@ def graph_of(context: dg.OpExecutionContext) -> str:
     return parent.name
 
 
-def _nodes(context: dg.OpExecutionContext) -> set[str]:
-    """Graphs of experiments in this run."""
-    return {key.path[0] + "__" + key.path[1] for key in context.selected_asset_keys if key.path[-1] == "verdict"} or {
-        graph_of(context)
-    }
+def _alone(context: dg.OpExecutionContext, pairs: Mapping[str, Pair]) -> bool:
+    """Whether this is the run's only experiment. (The op's own asset selection is that of its graph.)"""
+    return sum(node.name in pairs for node in context.job_def.graph.nodes) <= 1
 
 
 def sessions_of(context: dg.OpExecutionContext) -> Sessions:

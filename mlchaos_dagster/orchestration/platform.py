@@ -11,11 +11,18 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.engine.incidents import IncidentLog
+from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Budget, Lease, StopSource, SystemClock
+from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.errors import MlChaosError
+from mlchaos_dagster.orchestration.keys import outcome_word
 from mlchaos_dagster.orchestration.ports import Finding, LiveRun, Progress, Published
 from mlchaos_dagster.settings import Settings
+
+HUNG_S = 5.0
+"""No renewal for this long: the owner hangs. As `safety.lease_ttl` by default."""
 
 
 class RealPlatform:
@@ -67,36 +74,34 @@ class RealPlatform:
 
     def publish(self, record: RunRecord, samples: Samples, verdict: Verdict) -> Published:
         """Verdict beside the record, report beside both."""
-        from mlchaos_dagster.engine.files import write_atomic
-
         problems: list[str] = []
         record_path: Path | None = self.store().path(record.run_id)
-        report_path: Path | None = self.settings.home.reports / f"{record.run_id}.html"
+        report_path: Path | None = None
         try:
             self.store().save_verdict(record, verdict)
         except MlChaosError as e:
             problems.append(f"the verdict could not be saved: {e}")
             record_path = None
         try:
-            from mlchaos_dagster.evidence.report import render_html
+            from mlchaos_dagster.evidence.report import write_report
 
-            assert report_path is not None
-            history = self._history(record)
-            write_atomic(report_path, render_html(record, samples, verdict, history).encode())
+            path = self.settings.home.reports / f"{record.run_id}.html"
+            report_path = write_report(path, record, samples, verdict, self._history(record))
         except Exception as e:  # noqa: BLE001 - a report that fails never hides a verdict
             problems.append(f"the report could not be written: {type(e).__name__}: {e}")
-            report_path = None
         return Published(record_path, report_path, tuple(problems))
 
-    def _history(self, record: RunRecord, last: int = 20) -> list[tuple[RunRecord, Verdict | None]]:
-        found: list[tuple[RunRecord, Verdict | None]] = []
+    def _history(self, record: RunRecord, last: int = 20) -> list[tuple[str, str, float]]:
+        """Earlier runs of the same experiment, oldest first."""
+        found: list[tuple[str, str, float]] = []
         for earlier, verdict in self.store().all():
             same = earlier.experiment.name == record.experiment.name
-            if same and earlier.environment.name == record.environment.name and earlier.run_id != record.run_id:
-                found.append((earlier, verdict))
+            same = same and earlier.environment.name == record.environment.name
+            if same and verdict is not None and earlier.run_id != record.run_id:
+                found.append((earlier.run_id, outcome_word(earlier, verdict), earlier.zero_wall))
             if len(found) == last:
                 break
-        return found
+        return found[::-1]
 
     def markdown(self, record: RunRecord, samples: Samples, verdict: Verdict) -> str:
         """The report for the Dagster UI, picture inline; empty when it cannot be rendered."""
@@ -128,39 +133,55 @@ class RealPlatform:
 
     def leases(self) -> tuple[Lease, ...]:
         """Open leases."""
-        from mlchaos_dagster import wiring
+        return self._ledger().leases()
 
-        return wiring.ledger(self.settings).leases()
+    def _ledger(self) -> FileLedger:
+        return FileLedger(self.settings.home.ledger, SystemClock())
 
     def request_stop(self, run_ids: Sequence[str], reason: str) -> None:
         """Stop files, for runs of any process."""
-        from mlchaos_dagster.engine.stops import StopFiles
-
-        files = StopFiles(self.settings.home)
         for run_id in run_ids:
-            files.request(run_id, reason)
+            StopFiles(self.settings.home).request(run_id, reason)
 
     def pull_lever(self, reason: str) -> None:
         """Stop everything and keep new runs out."""
-        from mlchaos_dagster.engine.stops import StopFiles
-
         StopFiles(self.settings.home).pull_lever(reason)
 
-    def sweep(self) -> list[str]:
-        """Take away the faults of owners that are gone."""
-        from mlchaos_dagster import wiring
+    def release_lever(self) -> bool:
+        """Let runs in again; False when it was not pulled."""
+        return StopFiles(self.settings.home).release_lever()
 
-        return [str(line) for line in wiring.sweep(self.settings)]
+    def sweep(self) -> list[str]:
+        """Take away the faults of owners that are gone or hang."""
+        from mlchaos_dagster.engine.sweep import RenewalObserver
+
+        ledger = self._ledger()
+        return self._sweep(observer=RenewalObserver(ledger, SystemClock(), HUNG_S), by="Dagster's sweeper")
 
     def recover(self, run_ids: Sequence[str]) -> list[str]:
         """Take faults away whoever holds them."""
-        from mlchaos_dagster import wiring
+        only = [lease.id for lease in self.leases() if not run_ids or lease.run_id in run_ids]
+        return self._sweep(only=only if run_ids else None, force="emergency stop", by="Dagster's emergency stop")
 
-        return [str(line) for line in wiring.recover(self.settings, run_ids)]
+    def _sweep(self, **options: Any) -> list[str]:
+        from mlchaos_dagster import wiring
+        from mlchaos_dagster.engine.sweep import sweep
+
+        clock, home = SystemClock(), self.settings.home
+        found = sweep(
+            self._ledger(),
+            lambda name, environment: wiring.driver(name, home, environment),
+            clock,
+            IncidentLog(home.incidents, clock),
+            **options,
+        )
+        return [
+            f"{r.action}: {r.lease.kind or 'unknown fault'} on {', '.join(r.lease.targets) or 'unknown targets'} "
+            f"({r.why}), {'clean' if r.clean else 'NOT CLEAN, type: ' + r.command} after {r.seconds:.2f} s"
+            for r in found
+        ]
 
     def incident(self, kind: str, what: str, **facts: Any) -> None:
         """One line in the incident log."""
-        from mlchaos_dagster.engine.incidents import IncidentLog
-
         with contextlib.suppress(Exception):
             IncidentLog(self.settings.home.incidents, SystemClock()).write(kind, what, **facts)  # type: ignore[arg-type]

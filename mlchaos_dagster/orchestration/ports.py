@@ -144,6 +144,10 @@ class Platform(Protocol):
         """Stop everything and keep new runs out until released."""
         ...
 
+    def release_lever(self) -> bool:
+        """Let runs in again; False when it was not pulled."""
+        ...
+
     def sweep(self) -> list[str]:
         """Take away the faults of owners that are gone; what was done, in words."""
         ...

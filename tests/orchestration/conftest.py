@@ -22,9 +22,10 @@ def platform(tmp_path: Path) -> SimPlatform:
     return SimPlatform(tmp_path / "home")
 
 
-@pytest.fixture
-def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    with dg.instance_for_test(temp_dir=str(tmp_path)) as found:
+@pytest.fixture(scope="session")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dg.DagsterInstance]:
+    """Real SQLite storage, made once: creating its tables takes longer than a simulated run."""
+    with dg.instance_for_test(temp_dir=str(tmp_path_factory.mktemp("dagster"))) as found:
         yield found
 
 

@@ -54,7 +54,13 @@ class SimPlatform(RealPlatform):
         return self.at
 
     def build_run(
-        self, experiment: Experiment, environment: Environment, *, run_id: str, stops: Sequence[Any] = (), **options: Any
+        self,
+        experiment: Experiment,
+        environment: Environment,
+        *,
+        run_id: str,
+        stops: Sequence[Any] = (),
+        **options: Any,
     ) -> Any:
         world = sim.World()
         # One simulated hour apart, so that records of later runs are later.

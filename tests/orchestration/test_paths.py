@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from typing import Any
 
 import dagster as dg
@@ -135,9 +136,8 @@ def cancelled(platform: SimPlatform, instance: dg.DagsterInstance, run: Any, hoo
         world.at[world.clock.t + at] = lambda w: hook(run_id)
 
     platform.prepare = prepare
-    run_id = "11111111-2222-3333-4444-555555555555"
-    with pytest.raises(dg.DagsterExecutionInterruptedError):
-        run(run_id=run_id)
+    run_id = str(uuid.uuid4())
+    assert not run(run_id=run_id).success
     found = instance.get_run_by_id(run_id)
     assert found is not None and found.status is dg.DagsterRunStatus.CANCELED
     record, verdict = platform.store().load(run_id)
@@ -243,7 +243,7 @@ def test_history_keeps_both_runs(run: Any, platform: SimPlatform, instance: dg.D
     files = sorted((platform.root / "assets" / "sim" / "sim_pod_failure" / "verdict").iterdir())
     assert {f.name for f in files} == {f"run_id={r.run_id}.parquet" for r in (first, second)}
     key = dg.AssetKey(keys.asset_path("sim-pod-failure", "sim", "verdict"))
-    records = instance.fetch_materializations(key, limit=10).records
+    records = instance.fetch_materializations(key, limit=2).records
     assert [r.run_id for r in records] == [second.run_id, first.run_id]
 
 
