@@ -56,7 +56,7 @@ def prepare(environment: Environment, settings: Settings) -> None:
     from mlchaos_dagster.sandbox.config import SandboxConfig, SandboxError
 
     options = environment.sandbox
-    config = SandboxConfig(replicas=options.replicas, mechanisms=dict[str, bool](options.mechanisms))
+    config = SandboxConfig(replicas=options.replicas, mechanisms={str(k): v for k, v in options.mechanisms.items()})
     try:
         api.up(settings.home.sandbox(environment.name), config)
     except SandboxError as e:

@@ -13,15 +13,9 @@ from pydantic import Field, model_validator
 from mlchaos_dagster.domain.spec import AbortCondition, Model, Name
 from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction
 
-REQUEST_MEASURES = (
-    "availability",
-    "error_rate",
-    "latency_p50",
-    "latency_p95",
-    "latency_p99",
-    "latency_mean",
-    "fallback_rate",
-)
+RequestMeasure = Literal[
+    "availability", "error_rate", "latency_p50", "latency_p95", "latency_p99", "latency_mean", "fallback_rate"
+]
 """SLIs that the built-in probe measures on its own requests."""
 RATIO_MEASURES = ("availability", "error_rate", "fallback_rate")
 
@@ -52,7 +46,7 @@ class RequestProbe(Model):
 class Sli(Model):
     """A named series: measured on the probe's requests, read as a signal, or asked of Prometheus."""
 
-    measure: Literal[REQUEST_MEASURES] | None = None  # type: ignore[valid-type]
+    measure: RequestMeasure | None = None
     signal: str | None = None
     query: str | None = None
     """PromQL that yields exactly one series."""

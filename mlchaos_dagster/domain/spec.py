@@ -5,7 +5,7 @@ Owns the shape of an experiment and a suite; knows nothing of backends, files or
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -33,7 +33,7 @@ class Quantity(BaseModel):
 
 def _quantity(raw: Any) -> Any:
     if isinstance(raw, (Quantity, dict)):
-        return raw
+        return cast(Any, raw)
     return Quantity(value=parse_quantity(raw), unit=unit_of(raw))  # type: ignore[arg-type]
 
 

@@ -138,7 +138,10 @@ class Driver(Protocol):
 class RequestSource(Protocol):
     """The open-loop probe."""
 
-    alive: bool
+    @property
+    def alive(self) -> bool:
+        """False once the measurer is gone; it then measures nothing more."""
+        ...
 
     def start(self, zero: float) -> None:
         """Begin sending; times are monotonic minus `zero`. Raises ProbeError."""

@@ -211,19 +211,12 @@ def _first_bad(record: RunRecord, during: Phase, objective: Objective) -> float 
 def _allowance(record: RunRecord, objective: Objective, requests: Requests) -> Allowance | None:
     """The objective request by request; None for means and signals, which have no such form."""
     measure = record.environment.slis[objective.sli].measure
-    if measure is None or measure == "latency_mean":
+    if measure is None:
         return None
-    limit = objective.limit.value
-    if measure == "availability" and not objective.floor:
+    try:
+        return allowance(measure, requests, **{objective.side: objective.limit.value})
+    except ValueError:
         return None
-    if objective.floor and measure != "availability":
-        return None
-    return allowance(
-        measure,
-        requests,
-        at_least=limit if objective.floor else None,
-        below=None if objective.floor else limit,
-    )
 
 
 # ---- expectations
