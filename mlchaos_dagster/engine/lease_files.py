@@ -104,10 +104,7 @@ class LeaseFiles:
             FileNotFoundError: it is gone: closed, or renamed by a take-over.
             OSError, ValueError: it is there and cannot be read.
         """
-        try:
-            stored: dict[str, Any] = {**json.loads(entry.path.read_bytes())}
-        except (TypeError, RecursionError) as e:
-            raise ValueError("not a lease") from e
+        stored = self.peek(entry.path)
         if "undo_sha256" in stored:
             try:
                 undo = (self.undo / f"{entry.lease_id}.json").read_bytes()
@@ -121,6 +118,13 @@ class LeaseFiles:
             raise ValueError("name and content differ")
         stop = self.slots(lease.id)[SLOT_STOP:SLOT_FENCE].decode(errors="replace").strip()
         return replace(lease, token=entry.token or lease.token, stop_requested=stop or lease.stop_requested)
+
+    def peek(self, path: Path) -> dict[str, Any]:
+        """The raw content of a lease file. Raises OSError, ValueError."""
+        try:
+            return {**json.loads(path.read_bytes())}
+        except (TypeError, RecursionError) as e:
+            raise ValueError("not a lease") from e
 
     def token_of(self, entry: Entry) -> int:
         """The token now in force; 0 when neither name nor content tells."""

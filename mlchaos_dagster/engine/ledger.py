@@ -14,7 +14,6 @@ and then nothing is injected. Knows nothing of drivers, recovery and processes: 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -129,8 +128,8 @@ class FileLedger:
         if (self._files.open / f"{base}.t{lease.token}.json").exists():
             return
         try:
-            found = json.loads((self._files.open / f"{base}.json").read_bytes())["token"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            found = self._files.peek(self._files.open / f"{base}.json")["token"]
+        except (OSError, ValueError, KeyError) as e:
             raise LeaseRefused(f"lease {lease.id} is no longer ours: {self._fate(lease)}") from e
         if found != lease.token:
             raise LeaseRefused(f"lease {lease.id} has token {found}, ours is {lease.token}")
@@ -287,7 +286,7 @@ class FileLedger:
         if entry is None or not is_local(lease.owner) or lease.owner.boot_id != boot_id():
             return float("-inf")
         try:
-            opened = float(json.loads(entry.path.read_bytes())["opened_mono"])
+            opened = float(self._files.peek(entry.path)["opened_mono"])
         except (OSError, ValueError, KeyError, TypeError):
             return float("-inf")
         return self.clock.monotonic() - opened - (lease.deadline_wall - lease.opened_wall)
