@@ -17,7 +17,6 @@ from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.judgement.measures import Phase
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration import metadata as md
-from mlchaos_dagster.orchestration.ports import Platform
 from mlchaos_dagster.orchestration.session import STOPPING, Session, Sessions
 
 Pair = tuple[Experiment, Environment]
@@ -89,8 +88,9 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             if missing := {k: v for k, v in keys.run_tags(experiment, environment).items() if k not in tags}:
                 context.instance.add_run_tags(context.run_id, missing)
             guards = session.run.check_guards()
-        for g in guards:
-            context.log.info(f"guard {g.name}: {'passed' if g.passed else 'REFUSED'}, {g.saw}")
+        # One line: the event log writes each to disk, and all guards are in the metadata.
+        refused = [f"{g.name} REFUSED: {g.saw}" for g in guards if not g.passed]
+        context.log.info("; ".join(refused) or f"{len(guards)} guards passed")
         yield dg.Output(
             [md.experiment_row(experiment, environment)],
             "experiment",
@@ -160,7 +160,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         session = session_of(context)
         with session.shielded("judging"):
             record, verdict = session.finish(), session.judge()
-            picture = picture_markdown(session.platform, session) if record.window is not None else ""
+            picture = session.picture() if record.window is not None else ""
         if record.window is not None:
             yield dg.Output(md.sli_rows(verdict), "chaos_metrics", metadata=md.chaos_metadata(record, verdict, picture))
         if record.after is not None:
@@ -178,7 +178,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         with session.shielded("reporting"):
             record, verdict = session.finish(), session.judge()
             published = session.publish()
-            markdown = session.platform.markdown(record, session.samples or Samples(), verdict)
+            markdown = session.markdown()
             word = keys.outcome_word(record, verdict)
             context.instance.add_run_tags(context.run_id, {keys.TAG_OUTCOME: word})
         for problem in published.problems:
@@ -257,14 +257,3 @@ def moments(record: RunRecord) -> list[str]:
     """One line a moment, for the run's log."""
     return [f"{m.t:8.3f} s  {m.name.replace('_', ' ')}" + (f": {m.note}" if m.note else "") for m in record.moments]
 
-
-def picture_markdown(platform: Platform, session: Session) -> str:
-    """The picture inline; empty when it cannot be drawn (a drawing never hides a verdict)."""
-    import base64
-
-    assert session.record is not None and session.verdict is not None
-    try:
-        png = platform.picture(session.record, session.samples or Samples(), session.verdict)
-    except Exception:  # noqa: BLE001
-        return ""
-    return f"![the run over time](data:image/png;base64,{base64.b64encode(png).decode()})" if png else ""

@@ -104,11 +104,11 @@ class RealPlatform:
         return found[::-1]
 
     def markdown(self, record: RunRecord, samples: Samples, verdict: Verdict) -> str:
-        """The report for the Dagster UI, picture inline; empty when it cannot be rendered."""
+        """The report for the Dagster UI, without its picture; empty when it cannot be rendered."""
         try:
             from mlchaos_dagster.evidence.report import render_markdown
 
-            return render_markdown(record, samples, verdict, picture=True)
+            return render_markdown(record, samples, verdict, picture=False)
         except Exception:  # noqa: BLE001 - as above
             return ""
 

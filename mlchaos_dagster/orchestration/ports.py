@@ -113,7 +113,7 @@ class Platform(Protocol):
         ...
 
     def markdown(self, record: RunRecord, samples: Samples, verdict: Verdict) -> str:
-        """The report for the Dagster UI, picture inline."""
+        """The report for the Dagster UI, without its picture."""
         ...
 
     def picture(self, record: RunRecord, samples: Samples, verdict: Verdict) -> bytes | None:

@@ -6,6 +6,7 @@ engine's `Run` from op to op and closes it on every path, also when Dagster neve
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import os
@@ -101,6 +102,7 @@ class Session:
         self.samples: Samples | None = None
         self.verdict: Verdict | None = None
         self.published: Published | None = None
+        self._picture: str | None = None
 
     def cancel(self, reason: str) -> None:
         """Nothing more is injected; the run ends CANCELED after verdict and report."""
@@ -131,6 +133,28 @@ class Session:
             assert self.record is not None
             self.published = self.platform.publish(self.record, self.samples or Samples(), verdict)
         return self.published
+
+    def picture(self) -> str:
+        """The picture as inline Markdown, drawn once; empty when it cannot be (a drawing never hides a verdict)."""
+        if self._picture is None:
+            verdict = self.judge()
+            assert self.record is not None
+            try:
+                png = self.platform.picture(self.record, self.samples or Samples(), verdict)
+            except Exception as e:  # noqa: BLE001
+                log.warning("the picture could not be drawn: %s", e)
+                png = None
+            shown = base64.b64encode(png).decode() if png else ""
+            self._picture = f"![before, during and after](data:image/png;base64,{shown})" if shown else ""
+        return self._picture
+
+    def markdown(self) -> str:
+        """The report for the Dagster UI, with the picture when there was something to draw."""
+        verdict = self.judge()
+        assert self.record is not None
+        text = self.platform.markdown(self.record, self.samples or Samples(), verdict)
+        picture = self.picture() if self.record.baseline is not None else ""
+        return f"{text.rstrip()}\n\n{picture}" if picture else text
 
     def close(self) -> None:
         """Whatever happened: probes stopped, record and verdict on disk. Never raises for a verdict."""
