@@ -10,10 +10,10 @@ from mlchaos_dagster.domain.units import show_duration
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _BAR = 860, 250, 150, 30, 16
 _PARTS = (
-    ("detect", "detect (from the injection)", "cache"),
-    ("reschedule", "reschedule (a replacement runs)", "model"),
-    ("ready", "ready (as many as before)", "model"),
-    ("steady", "steady (every objective holds)", "good"),
+    ("detect", "detect", "cache"),
+    ("reschedule", "a replacement runs", "model"),
+    ("ready", "as many ready as before", "model"),
+    ("steady", "steady: every objective holds", "good"),
 )
 
 

@@ -59,7 +59,7 @@ def by_hand_commands(experiment: Experiment, environment: Environment) -> list[t
     commands = [
         ("mlchaos status " + place, "open leases, active runs, the lever: what is going on"),
         (f"mlchaos stop {experiment.name} {place}", "asks this experiment's run to stop; it recovers at once"),
-        ("mlchaos stop --all", "the lever: stops everything and keeps new runs out until `mlchaos stop --release`"),
+        ("mlchaos stop --all", "the lever: stops everything and keeps new runs out until mlchaos stop --release"),
         (
             "mlchaos recover " + place,
             "takes every fault away that an open lease names, whoever made it; may be repeated",
@@ -72,7 +72,7 @@ def by_hand_commands(experiment: Experiment, environment: Environment) -> list[t
 
 def _scope(experiment: Experiment, environment: Environment) -> list[tuple[str, str]]:
     target = environment.targets.get(experiment.target)
-    where = f"`{target.select}`" if target else "not mapped in this environment"
+    where = markdown_code(target.select) if target else "not mapped in this environment"
     if target and target.describe:
         where += f" ({_md(target.describe)})"
     radius = experiment.blast_radius
@@ -155,7 +155,7 @@ def _metrics(experiment: Experiment, environment: Environment) -> list[tuple[str
             if measure
             else f"signal {sli.signal}"
             if sli.signal
-            else f"PromQL `{_md(sli.query or '')}`"
+            else f"PromQL {markdown_code(sli.query or '')}"
         )
         rows.append((shown_name(name), source, " and ".join(objectives.get(name, [])) or "–"))
     rows += [(shown_name(s), "signal", "–") for s in environment.signals]
@@ -198,4 +198,11 @@ def _md(text: str) -> str:
     return " ".join(text.split())
 
 
+def markdown_code(text: str) -> str:
+    """A code span; what would break out of one is escaped as text instead."""
+    text = " ".join(text.split())
+    return _md(text) if "`" in text or "<" in text else "`" + text.replace("|", "\\|") + "`"
+
+
 markdown_text = _md
+"""For the report's Markdown, so that there is one way of escaping."""

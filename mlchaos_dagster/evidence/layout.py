@@ -79,7 +79,10 @@ def bands_of(record: RunRecord, end_s: float) -> list[Band]:
         if recovery_end > record.window.end:
             span = Span(start=record.window.end, end=recovery_end)
             length = show_duration(round(span.length, 1))
-            bands.append(Band("recovery", span, (f"recovery {length}", "recovery")))
+            labels = (f"recovery {length}", "recovery")
+            if record.clean is None or not record.clean.proven:
+                labels = ("not proven clean: the fault may be live", "not proven clean")
+            bands.append(Band("recovery", span, labels))
     return bands
 
 

@@ -30,6 +30,7 @@ from mlchaos_dagster.evidence.series import (
     signal_names,
     signal_steps,
 )
+from mlchaos_dagster.evidence.words import injected
 
 _MAX_SIGNALS = 5
 
@@ -60,6 +61,8 @@ class Panel:
     summary: str = ""
     """Before, during and after, in words, at the right end of the title."""
     grid: bool = True
+    timed: bool = True
+    """Whether its time axis means anything."""
 
 
 def panels_of(record: RunRecord, samples: Samples, verdict: Verdict, span: Span) -> list[Panel]:
@@ -75,7 +78,7 @@ def panels_of(record: RunRecord, samples: Samples, verdict: Verdict, span: Span)
         panels += [_availability(record, verdict, series), _latency(record, verdict, series), _paths(series)]
     panels += [_signal(record, samples, verdict, span, name) for name in _chosen_signals(record, samples)]
     if not panels:
-        panels.append(Panel("nothing was measured", 0.8, _draw_nothing, grid=False))
+        panels.append(Panel("nothing was measured", 0.8, _draw_nothing(record), grid=False, timed=False))
     return panels
 
 
@@ -145,7 +148,7 @@ def _latency(record: RunRecord, verdict: Verdict, series: RequestSeries) -> Pane
 
     legend = [("p95 ─── and p50 ╌╌╌" + (", log scale" if logarithmic else ""), "model")]
     if unanswered.any():
-        legend.append(("▲ p95 has no answer: over 5 % failed", ""))
+        legend.append(("▲ no answer", ""))
     return Panel("latency", 1.1, draw, tuple(legend), _summary(record, verdict, "latency_p95"))
 
 
@@ -236,13 +239,17 @@ def _slo_line(axes: Any, level: float, label: str) -> None:
     )  # fmt: skip
 
 
-def _draw_nothing(axes: Any, x: X) -> None:
-    axes.set_ylim(0, 1)
-    axes.set_yticks([])
-    axes.text(
-        0.5, 0.5, "No request was sent and no signal was read: nothing was touched.", transform=axes.transAxes,
-        ha="center", va="center", color=LIGHT["muted"], fontsize=9,
-    )  # fmt: skip
+def _draw_nothing(record: RunRecord) -> Callable[[Any, X], None]:
+    touched = injected(record)
+    said = "The measurements of this run are missing." if touched else "No request was sent, and nothing was injected."
+
+    def draw(axes: Any, x: X) -> None:
+        axes.set_ylim(0, 1)
+        axes.set_yticks([])
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", color=LIGHT["muted"], fontsize=9)
+
+    return draw
 
 
 def _slos(record: RunRecord, measure: str) -> list[Objective]:

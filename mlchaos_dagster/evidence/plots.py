@@ -149,7 +149,7 @@ def _draw(record: RunRecord, samples: Samples, verdict: Verdict) -> Figure:
         drawn.append(axes)
         stretches.append((top, bottom_in))
         top = bottom_in
-    if drawn:
+    if drawn and panels[-1].timed:
         since = "the injection" if record.moment("injected") is not None else "the window's start"
         if not record.window:
             since = "the end of the baseline" if record.baseline else "the start"

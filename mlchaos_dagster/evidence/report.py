@@ -19,8 +19,8 @@ from mlchaos_dagster.domain.units import show_duration
 from mlchaos_dagster.engine.files import write_atomic
 from mlchaos_dagster.evidence import words
 from mlchaos_dagster.evidence.bars import recovery_svg
-from mlchaos_dagster.evidence.document import by_hand_commands, markdown_text
-from mlchaos_dagster.evidence.layout import origin_of
+from mlchaos_dagster.evidence.document import by_hand_commands, markdown_code, markdown_text
+from mlchaos_dagster.evidence.layout import origin_of, recovery_origin
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
 from mlchaos_dagster.evidence.palette import DARK, LIGHT, variables
 from mlchaos_dagster.evidence.plots import picture_png, picture_svg
@@ -71,6 +71,7 @@ def render_html(
         moments=_moments(record),
         picture=Markup(picture),
         recovery=Markup(recovery_svg(verdict.recovery)),
+        counted_from=_counted_from(record),
         history=[_past(entry) for entry in history][-_HISTORY_SHOWN:],
         experiment_yaml=spec_yaml(record.experiment),
         environment_yaml=spec_yaml(record.environment),
@@ -89,7 +90,7 @@ def render_markdown(record: RunRecord, samples: Samples, verdict: Verdict, *, pi
     out = [f"## {words.GLYPHS[verdict.outcome]} {words.headline(record, verdict)}"]
     out += [md(sentence) for sentence in words.explanation(record, verdict)]
     if verdict.outcome is Outcome.UNCLEAN:
-        out.append("\n".join(f"- **{label}**: `{value}`" for label, value in words.unclean_facts(record)))
+        out.append("\n".join(f"- **{label}**: {markdown_code(value)}" for label, value in words.unclean_facts(record)))
     rows = sli_rows(record, verdict)
     if rows:
         lines = ["| | before | during | after | effect (95 %) | SLO | |", "|" + " --- |" * 7]
@@ -136,6 +137,12 @@ def backlog_entry(record: RunRecord, verdict: Verdict) -> str:
     first = words.explanation(record, verdict)[0]
     mechanism = f" Look at: {record.experiment.teeth.mechanism}." if record.experiment.teeth else ""
     return f"{record.experiment.target}: {first}{mechanism} Owner: {record.experiment.owner}. Found by run {record.run_id}."
+
+
+def _counted_from(record: RunRecord) -> str:
+    if record.window is not None and recovery_origin(record) == record.window.start:
+        return "All parts count from the kill: it is over at once"
+    return "Detect counts from the injection, the other parts from the removal of the fault"
 
 
 def _moments(record: RunRecord) -> list[tuple[str, str, str, str]]:

@@ -87,10 +87,17 @@ def size_text(value: float, unit: str) -> str:
 
 
 def sli_rows(record: RunRecord, verdict: Verdict) -> list[SliRow]:
-    """All SLIs of the verdict, those with an objective first, in the order of the spec."""
+    """SLIs of the verdict, those with an objective first, in the order of the spec.
+
+    Where nothing was injected, an SLI that was never measured is left out: a row of dashes says nothing.
+    """
     order = [o.sli for o in record.experiment.steady_state]
     names = sorted(verdict.slis, key=lambda n: order.index(n) if n in order else len(order))
-    return [_row(record, verdict, name) for name in names]
+    return [_row(record, verdict, name) for name in names if record.window or _measured(verdict.slis[name])]
+
+
+def _measured(result: SliResult) -> bool:
+    return any(v is not None for v in (result.baseline, result.during, result.after))
 
 
 def _row(record: RunRecord, verdict: Verdict, name: str) -> SliRow:

@@ -96,11 +96,11 @@ def measurement_notes(record: RunRecord, verdict: Verdict) -> list[str]:
     late = max((r.late for r in verdict.slis.values()), default=0)
     if late:
         limit = show_duration(record.environment.sampling.max_lateness)
-        notes.append(f"{late} requests left the probe more than {limit} late and were left out")
+        notes.append(f"{late} requests were sent by the probe more than {limit} late and are left out")
     asked = record.experiment.duration
     if record.window is not None and record.window_s and record.window_s < asked - 1e-6:
         notes.append(
-            f"the window was shortened here from {show_duration(asked)} to {show_duration(record.window_s)} "
+            f"The window was shortened here from {show_duration(asked)} to {show_duration(record.window_s)} "
             f"(duration_scale {record.environment.duration_scale:g})"
         )
     return list(dict.fromkeys(notes))
@@ -228,7 +228,8 @@ def _deviated(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
 def _aborted(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
     abort = record.abort
     for reason in verdict.reasons:
-        _add(said, reason)
+        # The judgement adds how long it took; that is said once, below, with the rest of the times.
+        _add(said, abort.reason if abort and reason.startswith(abort.reason) else reason)
     if abort is None:
         return _add(said, "The run was stopped early") if not said else None
     if not _mentions(said, abort.reason):
