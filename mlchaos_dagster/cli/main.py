@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as e:
         return _flushed(e.exit_code)
-    except SystemExit as e:  # shell completion ends this way
+    except SystemExit as e:  # click ends this way after shell completion, and when nobody reads stdout any more
+        if isinstance(sys.stdout, click.utils.PacifyFlushWrapper):
+            return _quiet_pipe(0)
         return e.code if isinstance(e.code, int) else 0
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted; nothing was injected")

@@ -31,7 +31,9 @@ def up() -> None:
             "--environment",
         )
     try:
-        config = api.SandboxConfig(replicas=options.replicas, mechanisms=dict[str, bool](options.mechanisms))
+        config = api.SandboxConfig(
+            replicas=options.replicas, mechanisms={str(k): v for k, v in options.mechanisms.items()}
+        )
         found = api.up(_directory(app), config)
     except api.SandboxConfigError as e:
         raise ConfigError(f"sandbox: {e}") from e

@@ -1,0 +1,147 @@
+"""docs/experiments.md from the library: `python -m mlchaos_dagster.cli.experiments_doc --write`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlchaos_dagster.catalog import Catalog
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.faults import ALIASES, FAULTS
+from mlchaos_dagster.domain.spec import AbortCondition, Experiment, Objective, Suite
+from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
+
+TARGET = Path(__file__).parents[2] / "docs" / "experiments.md"
+_SIDES = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
+_HEAD = """\
+<!-- Generated from mlchaos_dagster/library by `python -m mlchaos_dagster.cli.experiments_doc --write`. -->
+
+# Experiments
+
+What is shipped, as the library's files say it. `mlchaos describe NAME` prints one as a document, `mlchaos run NAME` runs
+it, `mlchaos init DIR` begins a library of your own. The sandbox shortens long windows, and the record says so.
+"""
+
+
+def text(catalog: Catalog) -> str:
+    """The whole page."""
+    environment = catalog.environment("sandbox")
+    experiments = catalog.experiments()
+    parts = [_HEAD, _overview(experiments, environment)]
+    parts += [_experiment(e, environment) for e in experiments]
+    parts += ["## Suites\n", _suites(catalog.suites()), "## Faults\n", _faults(environment)]
+    parts += [f"## The environment `{environment.name}`\n", _environment(environment)]
+    return "\n".join(parts)
+
+
+def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(headers)
+    lines = [names, ["---"] * len(names), *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"
+
+
+def _overview(experiments: list[Experiment], environment: Environment) -> str:
+    rows = [
+        (
+            f"[`{e.name}`](#{e.name})",
+            e.title,
+            f"`{e.fault.kind}` on `{e.target}`",
+            f"{show_duration(e.duration)} ({show_duration(environment.scaled(e.duration))} in the sandbox)",
+            e.teeth.mechanism if e.teeth else "–",
+        )
+        for e in experiments
+    ]
+    return _table(("experiment", "what it says", "fault", "window", "mechanism it validates"), rows)
+
+
+def _experiment(e: Experiment, environment: Environment) -> str:
+    params = ", ".join(f"{k} {v}" for k, v in _params(e) if v is not None)
+    radius = e.blast_radius
+    hit = f"{show_percent(radius.fraction, 0)} of the targets" if radius.fraction else f"{radius.count} target(s)"
+    rows = [
+        ("fault", f"`{e.fault.kind}`{f' ({params})' if params else ''} on `{e.target}`"),
+        ("blast radius", f"{hit}, never more than {radius.max_targets}"),
+        ("steady state", "; ".join(_objective(o, environment) for o in e.steady_state)),
+        ("must be seen", "; ".join(str(x) for x in e.expect) or "the fault's own effect"),
+        ("recovery", f"steady again within {show_duration(e.recovery.within)}"),
+        ("aborts when", "; ".join(_abort(a, environment) for a in (*e.abort, *environment.limits.abort))),
+    ]
+    if e.teeth:
+        off = ", ".join(f"`{m}`" for m in (e.teeth.mechanism, *e.teeth.also_off))
+        rows.append(("teeth", f"with {off} switched off it must fail, and name `{e.teeth.breaks}`"))
+    if e.prerequisites:
+        rows.append(("prerequisites", "; ".join(e.prerequisites)))
+    return f"### {e.name}\n\n{e.title}.\n\n> {e.hypothesis}\n\n{_table(('', ''), rows)}"
+
+
+def _params(e: Experiment) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in e.fault.model_dump(mode="json").items() if k != "kind"]
+
+
+def _objective(o: Objective, environment: Environment) -> str:
+    return f"`{o.sli}` {_SIDES[o.side]} {show_value(o.limit.value, environment.slis[o.sli].shown_unit)}"
+
+
+def _abort(a: AbortCondition, environment: Environment) -> str:
+    side = ">" if a.above is not None else "<"
+    value = show_value(a.limit.value, environment.slis[a.sli].shown_unit)
+    return f"`{a.sli}` {side} {value} for {show_duration(a.for_s)}"
+
+
+def _suites(suites: list[Suite]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for s in suites:
+        plan = s.schedule
+        when = "by hand" if plan is None else f"`{plan.cron}` {plan.timezone}"
+        if plan is not None and plan.window:
+            when += f", only {plan.window}"
+        if plan is not None and plan.min_interval:
+            when += f", at least {show_duration(plan.min_interval)} apart"
+        rows.append((f"`{s.name}`", s.title, ", ".join(f"`{n}`" for n in s.experiments), when))
+    return _table(("suite", "what for", "experiments", "when"), rows)
+
+
+def _faults(environment: Environment) -> str:
+    rows: list[tuple[str, ...]] = []
+    for kind, model in FAULTS.items():
+        words = [a for a, k in ALIASES.items() if k == kind]
+        params = [
+            f"`{n}`{'' if f.is_required() else ' (optional)'}" for n, f in model.model_fields.items() if n != "kind"
+        ]
+        rows.append(
+            (
+                f"`{kind}`" + (f" (also `{'`, `'.join(words)}`)" if words else ""),
+                (model.__doc__ or "").strip().splitlines()[0],
+                ", ".join(params) or "–",
+                environment.backend_for(kind) or "–",
+            )
+        )
+    return _table(("fault", "what it does", "parameters", "sandbox backend"), rows)
+
+
+def _environment(environment: Environment) -> str:
+    targets = [(f"`{n}`", f"`{t.select}`", t.describe) for n, t in environment.targets.items()]
+    slis = [
+        (f"`{n}`", s.measure and "probe" or (s.signal and "signal") or "PromQL", s.shown_unit or "plain number")
+        for n, s in environment.slis.items()
+    ]
+    return _table(("target", "selects", "what it is"), targets) + "\n" + _table(("SLI", "source", "unit"), slis)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or say that it is out of date (exit code 1)."""
+    wanted = text(Catalog())
+    if arguments == ["--write"]:
+        TARGET.parent.mkdir(exist_ok=True)
+        TARGET.write_text(wanted, "utf-8")
+        return 0
+    if TARGET.is_file() and TARGET.read_text("utf-8") == wanted:
+        return 0
+    sys.stderr.write(f"{TARGET} is out of date: python -m mlchaos_dagster.cli.experiments_doc --write\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
