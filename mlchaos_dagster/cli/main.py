@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as e:
         return _flushed(e.exit_code)
     except SystemExit as e:  # click ends this way after shell completion, and when nobody reads stdout any more
-        if isinstance(sys.stdout, click.utils.PacifyFlushWrapper):
+        if "PacifyFlush" in type(sys.stdout).__name__:
             return _quiet_pipe(0)
         return e.code if isinstance(e.code, int) else 0
     except (click.Abort, KeyboardInterrupt):
