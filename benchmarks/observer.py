@@ -1,0 +1,112 @@
+"""An independent observer: shares no code with drivers, probes, ledger or sandbox.
+
+It looks from outside, at sockets, process ids and the platform's truth log, and says what is really
+wrong. The only thing it takes from the platform is where its doors are (`state.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+SLOW_S = 0.25
+"""A healthy link answers in a few milliseconds; a loaded machine may need fifty times that."""
+
+
+def answer_time(port: int, path: str = "/healthz", timeout_s: float = SLOW_S) -> float | None:
+    """Seconds to a 200 on a loopback port, over a bare socket; None when there is none in time."""
+    begun = time.perf_counter()
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as s:
+            s.settimeout(timeout_s)
+            s.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            head = s.recv(64)
+    except OSError:
+        return None
+    took = time.perf_counter() - begun
+    return took if b" 200 " in head.split(b"\r\n")[0] + b" " and took <= timeout_s else None
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (zombies do not)."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:
+        return True
+
+
+class Observer:
+    """What is wrong with one sandbox, seen from outside."""
+
+    def __init__(self, sandbox: Path) -> None:
+        self.sandbox = sandbox
+        self.last_state: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The doors; remembered, because a killed supervisor leaves the file or takes it along."""
+        try:
+            self.last_state = json.loads((self.sandbox / "state.json").read_text())
+        except (OSError, ValueError):
+            pass
+        return self.last_state
+
+    def truth(self) -> list[dict[str, Any]]:
+        """The truth log."""
+        try:
+            lines = (self.sandbox / "truth.jsonl").read_text().splitlines()
+        except OSError:
+            return []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def live_faults(self) -> set[tuple[str, str]]:
+        """(lease, target) that the truth log saw begin and not end; a new supervisor starts clean."""
+        live: set[tuple[str, str]] = set()
+        for event in self.truth():
+            key = (event.get("lease") or "", event.get("who") or "")
+            if event["what"] == "supervisor_started":
+                live.clear()
+            elif event["what"] == "fault_added":
+                live.add(key)
+            elif event["what"] in ("fault_removed", "fault_expired"):
+                live.discard(key)
+        return live
+
+    def bad_links(self) -> list[str]:
+        """Links that do not answer quickly, three times in a row (one slow answer is a busy machine)."""
+        found = []
+        for name, port in self.state().get("link_ports", {}).items():
+            if all(answer_time(port) is None for _ in range(3)):
+                found.append(name)
+        return found
+
+    def platform_gone(self) -> bool:
+        """Neither the supervisor nor any of its children runs."""
+        state = self.state()
+        pids = [state.get("pid", 0), *(c["pid"] for c in state.get("children", {}).values())]
+        return not any(alive(p) for p in pids if p)
+
+    def wrong(self) -> list[str]:
+        """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault."""
+        if not self.state() or self.platform_gone():
+            return []
+        return [f"truth log: {lease} on {who}" for lease, who in self.live_faults()] + [
+            f"link {name} does not answer in {SLOW_S:g} s" for name in self.bad_links()
+        ]
+
+    def fault_seen(self) -> bool:
+        """Whether a fault is on, by the truth log."""
+        return bool(self.live_faults())
