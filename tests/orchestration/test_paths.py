@@ -202,17 +202,11 @@ def test_an_op_that_raises_closes_the_run(
 
 
 def test_unclean_is_never_green(run: Any, platform: SimPlatform, instance: dg.DagsterInstance) -> None:
-    def stuck(world: Any, _: str) -> None:
-        import sim
-
-        world.faults = Sticky()
-        del sim
-
     class Sticky(dict):  # type: ignore[type-arg]
         def pop(self, *_: Any) -> Any:
             return None
 
-    platform.prepare = stuck
+    platform.prepare = lambda world, _: setattr(world, "faults", Sticky())
     result = run()
     assert not result.success
     assert outcome(platform, result.run_id) is Outcome.UNCLEAN

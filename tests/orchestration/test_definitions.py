@@ -1,0 +1,116 @@
+"""What is loaded: keys, executors, no retries, tags, statuses. A snapshot, so that a rename is a decision."""
+
+from __future__ import annotations
+
+import dagster as dg
+import pytest
+from sim_platform import SimPlatform, environment, experiment
+
+from mlchaos_dagster.domain.spec import Suite
+from mlchaos_dagster.orchestration import keys
+from mlchaos_dagster.orchestration.definitions import Library, build_definitions, load
+from mlchaos_dagster.orchestration.ops import OPS, make_ops, refuse_retry
+
+SUITE = Suite.model_validate(
+    {
+        "schema": "mlchaos/v1",
+        "name": "nightly",
+        "title": "Every night",
+        "experiments": ["one", "two", "elsewhere"],
+        "schedule": {
+            "cron": "0 2 * * 1-5",
+            "timezone": "Europe/Berlin",
+            "window": "02:00-04:00",
+            "days": ["mon", "tue", "wed", "thu", "fri"],
+            "min_interval": "8h",
+        },
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
+    env = environment(error_budget={"objective": "99%"})
+    library = Library(
+        (env,), (experiment("one"), experiment("two"), experiment("elsewhere", target="nowhere")), (SUITE,)
+    )
+    return build_definitions(library, SimPlatform(tmp_path_factory.mktemp("home")))
+
+
+def test_asset_keys(definitions: dg.Definitions) -> None:
+    found = sorted(k.to_user_string() for k in definitions.resolve_asset_graph().get_all_asset_keys())
+    assert found == sorted(
+        [f"sim/{e}/{p}" for e in ("one", "two") for p in keys.PHASES] + ["sim/error_budget", "sim/experiment_history"]
+    ), "an experiment whose target the environment lacks has no assets"
+
+
+def test_lineage_reads_down_the_graph(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
+    for before, after in zip(keys.PHASES, keys.PHASES[1:], strict=False):
+        assert graph.get(dg.AssetKey(["sim", "one", after])).parent_keys == {dg.AssetKey(["sim", "one", before])}
+
+
+def test_what_people_see_of_an_asset(definitions: dg.Definitions) -> None:
+    node = definitions.resolve_asset_graph().get(dg.AssetKey(["sim", "one", "verdict"]))
+    assert node.group_name == "serving" and node.owners == ["ml-platform@example.com"]
+    assert node.description == "h" and {"chaos", "pod_failure"} <= node.kinds
+    assert {k.name for k in node.check_keys} == set(keys.CHECKS)
+
+
+def test_jobs_and_their_executors(definitions: dg.Definitions) -> None:
+    jobs = {j.name: j for j in definitions.resolve_all_job_defs()}
+    names = {"emergency_stop", "recover_leases", "release_lever", "preflight", "nightly__sim"}
+    assert names < set(jobs)
+    assert all(j.executor_def.name == "in_process" for j in jobs.values()), "also the job of ad-hoc materialisation"
+    assert jobs["nightly__sim"].tags[keys.TAG_SUITE] == "nightly"
+    for name in names - {"nightly__sim"}:
+        assert keys.TAG_KIND not in jobs[name].tags, "operations never wait behind experiments"
+
+
+def test_no_op_retries(definitions: dg.Definitions) -> None:
+    """A retry policy on the fault op turns an abort into a second injection (facts: 3 of 3)."""
+    for job in definitions.resolve_all_job_defs():
+        assert "dagster/max_retries" not in job.tags
+        assert job._op_retry_policy is None
+        for node in job.all_node_defs:
+            assert getattr(node, "retry_policy", None) is None, node.name
+    assert set(make_ops({})) == set(OPS)
+
+
+def test_a_retried_op_refuses() -> None:
+    class Retried:
+        retry_number = 1
+
+    with pytest.raises(dg.Failure, match="second time"):
+        refuse_retry(Retried())  # type: ignore[arg-type]
+
+
+def test_phases_cannot_be_selected_alone(definitions: dg.Definitions) -> None:
+    job = definitions.resolve_implicit_global_asset_job_def()
+    with pytest.raises(dg.DagsterInvalidSubsetError):
+        job.get_subset(asset_selection={dg.AssetKey(["sim", "one", "chaos_metrics"])})
+
+
+def test_statuses(definitions: dg.Definitions) -> None:
+    """Safety is on by itself; breaking things by the clock is switched on by people."""
+    repository = definitions.get_repository_def()
+    assert {s.name: s.default_status.value for s in repository.sensor_defs if "automation" not in s.name} == {
+        "sim_error_budget": "RUNNING",
+        "sweeper": "RUNNING",
+    }
+    assert {s.name: s.default_status.value for s in repository.schedule_defs} == {"nightly__sim_schedule": "STOPPED"}
+
+
+def test_the_shipped_library_loads() -> None:
+    definitions = load()
+    dg.Definitions.validate_loadable(definitions)
+    found = {k.path[1] for k in definitions.resolve_asset_graph().get_all_asset_keys() if len(k.path) == 3}
+    assert "serving_pod_failure" in found
+
+
+def test_definitions_py_loads_through_the_component() -> None:
+    import importlib
+
+    module = importlib.import_module("definitions")
+    names = {j.name for j in module.defs().resolve_all_job_defs()}
+    assert {"emergency_stop", "smoke__sandbox"} <= names
