@@ -15,6 +15,9 @@ from mlchaos_dagster.engine.processes import is_running
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
 
+_BEAT_S = 3.0
+"""A watchdog writes its beat five times a second; one that has not for so long is gone."""
+
 
 class Places:
     """What `status`, `stop` and `recover` work on."""
@@ -30,6 +33,19 @@ class Places:
     def driver(self, name: str, environment: str) -> Driver:
         """As the sweeper wants it; an unreadable lease has lost its environment, then it is the chosen one."""
         return wiring.driver(name, self.app.settings.home, environment or self.app.settings.environment)
+
+    def measuring(self) -> list[str]:
+        """Ids of runs that live and hold no lease: before their fault, or after it. Their watchdogs' beats tell."""
+        holding = {x.run_id for x in self.ledger.leases()}
+        found: set[str] = set()
+        for beat in (self.ledger.directory / "watchers").glob("*.beat"):
+            try:
+                fresh = self.clock.wall() - beat.stat().st_mtime < _BEAT_S
+            except OSError:  # its run has just ended
+                continue
+            if fresh:
+                found.add(beat.stem.rpartition("-")[0])
+        return sorted(found - holding)
 
     def evidence(self, lease: Lease) -> list[str]:
         """What was read back from the target when the lease was closed; empty when that could not be written."""
@@ -63,8 +79,8 @@ def lease_json(lease: Lease, now: float) -> dict[str, Any]:
     }
 
 
-def runs_of(leases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs whose process lives, with what they hold."""
+def runs_of(leases: Sequence[dict[str, Any]], measuring: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Runs whose process lives, with what they hold; `measuring` are those that hold nothing (yet, or any more)."""
     runs: dict[str, dict[str, Any]] = {}
     for lease in leases:
         if lease["owner"]["alive"]:
@@ -74,6 +90,7 @@ def runs_of(leases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "run_id": lease["run_id"],
                     "experiment": lease["experiment"],
                     "environment": lease["environment"],
+                    "phase": "fault",
                     "fault": lease["fault"],
                     "pid": lease["owner"]["pid"],
                     "leases": [],
@@ -82,4 +99,7 @@ def runs_of(leases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             )
             run["leases"].append(lease["id"])
             run["targets"] += lease["targets"]
+    for run_id in measuring:
+        nothing = {"experiment": None, "environment": None, "phase": "no fault active", "fault": None, "pid": None}
+        runs[run_id] = {"run_id": run_id, **nothing, "leases": [], "targets": []}
     return list(runs.values())

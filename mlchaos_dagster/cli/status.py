@@ -40,7 +40,7 @@ def _everything(app: App, places: Places) -> None:
     read_budget = wiring.budget_reader(environment, app.settings)
     budget, why_budget = _ask(lambda: read_budget().remaining) if read_budget else (None, "none declared")
     lever = places.stops.lever()
-    runs = runs_of(leases)
+    runs = runs_of(leases, places.measuring())
     app.dump(
         {
             "environment": environment.name,
@@ -59,6 +59,8 @@ def _everything(app: App, places: Places) -> None:
     app.out(f"error budget  {f'{budget:.0%} left' if budget is not None else f'unknown: {why_budget}'}")
     app.out(f"lever         {'released' if lever is None else f'PULLED, no run may start: {lever}'}")
     app.out(f"active runs   {len(runs) or 'none'}")
+    for r in runs:
+        app.out(f"  {r['run_id']}  {r['experiment'] or ''}  {r['phase']}".replace("    ", "  "))
     app.out(f"open leases   {len(leases) or 'none: no fault of ours is there'}")
     if leases:
         app.out()
@@ -102,6 +104,12 @@ def _one(app: App, places: Places, run: str) -> None:
         app.dump({"run_id": leases[0]["run_id"], "state": state, "open_leases": leases, "active_runs": active})
         app.out(f"{leases[0]['experiment']}  run {leases[0]['run_id']}  {state}\n")
         app.out(_lease_table(leases))
+        return
+    measuring = [m for m in places.measuring() if len(run) >= 4 and m.startswith(run)]
+    if len(measuring) == 1:
+        active = runs_of([], measuring)
+        app.dump({"run_id": measuring[0], "state": "running", "open_leases": [], "active_runs": active})
+        app.out(f"run {measuring[0]}  running, no fault is active")
         return
     record, verdict = places.store.load(places.store.find(run))
     outcome = verdict.outcome.value if verdict else "not judged"

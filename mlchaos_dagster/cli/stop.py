@@ -91,13 +91,25 @@ class Stopper:
         return self._until_clean(leases)
 
     def _not_running(self, run: str) -> None:
-        """No fault of it is active. A run that still measures its baseline is told all the same."""
+        """No fault of it is active. A run that still measures its baseline is told, and awaited, all the same."""
+        measuring = self.places.measuring()
+        for run_id in (m for m in measuring if len(run) >= 4 and m.startswith(run)):
+            self.places.stops.request(run_id, self.reason)
+            self.places.incidents.write("stop", self.reason, run=run_id, leases=[])
+            while run_id in self.places.measuring() and self.seconds < OBEY_S:
+                time.sleep(_POLL_S)
+            ended = f"it ended after {self.seconds:.1f} s" if self.seconds < OBEY_S else "it ends at its next look"
+            self.finished = f"run {run_id} was told before a fault of it was active; {ended}"
+            return
         try:
             found = self.places.store.find(run)
         except SpecError:
             if run not in self.places.app.catalog.names("experiment"):
                 raise
-            self.finished = f"no fault of {run} is active (a run that has not begun its fault: mlchaos stop --all)"
+            self.finished = f"no fault of {run} is active"
+            if measuring:
+                # a run without a lease is known by its id only; the wrong one must not be stopped for it
+                self.finished += f"; stop a run that has not begun its fault by its id: {', '.join(measuring)}"
             return
         self.finished = f"run {found} is over; no fault of it is active"
 
