@@ -116,6 +116,7 @@ class FileLedger:
         try:
             self._files.making_room(lambda: self._files.count(lease.id))
         except OSError as e:
+            self.check(lease)  # closed by another since the check above?
             raise StoreError(f"cannot renew the lease {lease.id}: {e.strerror or e}") from e
 
     def check(self, lease: Lease) -> None:

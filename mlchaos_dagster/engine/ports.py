@@ -50,7 +50,8 @@ class Owner:
 
     pid: int
     started: float
-    """Start time of the process, Unix seconds (psutil `create_time`)."""
+    """Start time of the process: seconds since boot on Linux (a clock step must not make a live owner look dead),
+    else Unix seconds (psutil `create_time`). Only compared, by engine/processes.py."""
     boot_id: str
     host: str
 
