@@ -6,6 +6,7 @@ Every process that a test starts is ended by it.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,7 +275,7 @@ def test_watchdog_that_cannot_start_is_told(home, tmp_path):
 
 
 def test_watchdog_that_dies_at_once_never_lives(home):
-    handle = start_watchdog(home, "r", current_owner(), 3.0, environment="test", python="/bin/false")
+    handle = start_watchdog(home, "r", current_owner(), 3.0, environment="test", python=str(shutil.which("false")))
     assert not handle.wait_alive() and not handle.alive()
     handle.close()
     handle.close()
