@@ -13,7 +13,7 @@ import click
 
 from mlchaos_dagster.cli.app import App
 from mlchaos_dagster.domain.environment import Environment
-from mlchaos_dagster.domain.outcome import Outcome, exit_code_of
+from mlchaos_dagster.domain.outcome import Outcome, counted, exit_code_of
 from mlchaos_dagster.domain.spec import Experiment
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _outcome(result: LaunchResult) -> Outcome:
         return Outcome.ERROR
     if result.error and result.verdict.outcome is not Outcome.UNCLEAN:
         return Outcome.ERROR
-    return result.verdict.outcome
+    return counted(result.verdict.outcome, result.record is not None and result.record.shadow)
 
 
 def _show(app: App, result: LaunchResult, experiment: Experiment) -> None:

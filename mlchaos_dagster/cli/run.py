@@ -43,7 +43,7 @@ class Request:
 @click.option("--seed", type=int, metavar="N", help="Seed of all random choices (default: from the run id).")
 @common
 def command(names: tuple[str, ...], **options: Any) -> None:
-    r"""Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
+    """Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
 
     \b
     Exit code: 0 HELD · 1 DEVIATED · 2 wrong input · 3 REFUSED · 4 ABORTED · 5 INCONCLUSIVE · 6 internal error ·

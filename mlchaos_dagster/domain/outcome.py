@@ -50,6 +50,11 @@ _EXIT = {
 _WORST_FIRST = (70, EXIT_INTERNAL, 4, 1, 5, 3, 0)
 
 
+def counted(outcome: Outcome, shadow: bool) -> Outcome:
+    """What a run counts as: a shadow run never counts as HELD, since nothing was seen to survive anything."""
+    return Outcome.INCONCLUSIVE if shadow and outcome is Outcome.HELD else outcome
+
+
 def exit_code_of(outcomes: Iterable[Outcome]) -> int:
     """The exit code of several runs: the first of 70, 6, 4, 1, 5, 3, 0 that occurred."""
     codes = {o.exit_code for o in outcomes}

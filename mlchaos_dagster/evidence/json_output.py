@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mlchaos_dagster.domain.outcome import counted
 from mlchaos_dagster.domain.record import RunRecord, SliResult, Verdict
 from mlchaos_dagster.evidence import words
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
@@ -43,7 +44,7 @@ def run_json(
         "environment": record.environment.name,
         "outcome": words.shown_outcome(record, verdict),
         "shadow": record.shadow,
-        "exit_code": verdict.outcome.exit_code,
+        "exit_code": counted(verdict.outcome, record.shadow).exit_code,
         "reasons": [text(r) for r in words.explanation(record, verdict)],
         "started_at": words.iso(record, 0.0),
         "durations_s": _durations(record, wall_s),

@@ -54,7 +54,7 @@ def _result(
         else:
             found = _effect(sli.measure, baseline.requests, during.requests, record.seed, timeout)
             if found is not None:
-                low, high = _finite(found.ci_low, timeout), _finite(found.ci_high, timeout)
+                low, high = (_finite(end, timeout, shown[0], shown[1]) for end in (found.ci_low, found.ci_high))
                 reliable = found.reliable
                 if found.why:
                     notes.append(found.why)
@@ -84,11 +84,13 @@ def _result(
     )
 
 
-def _finite(value: float, timeout: float) -> float | None:
-    """An interval's end; an end among failed requests is at least the timeout, and shown as that."""
+def _finite(value: float, timeout: float, baseline: float, during: float) -> float | None:
+    """An interval's end; one among failed requests is shown as the effect that the timeout would be."""
     if math.isnan(value):
         return None
-    return math.copysign(timeout, value) if math.isinf(value) else value
+    if math.isinf(value):
+        return timeout - baseline if value > 0 else during - timeout
+    return value
 
 
 def _effect(measure: str, baseline: Requests, during: Requests, seed: int, timeout: float) -> Effect | None:

@@ -87,10 +87,12 @@ def _decide(
         said = record.clean.evidence[0] if record.clean and record.clean.evidence else "nothing could be read back"
         return Outcome.UNCLEAN, [f"The target was not proven clean: {said}"], record.clean.command if record.clean else ""
     if record.error:
-        return Outcome.ERROR, [record.error], ""
+        also = [] if record.abort is None else [_abort_words(record)]
+        return Outcome.ERROR, [record.error, *also], ""
     refused = [g for g in record.guards if not g.passed]
     if refused:
-        return Outcome.REFUSED, [f"{g.name}: {g.saw}" for g in refused], f"It needs {refused[0].needs}."
+        needs = refused[0].needs
+        return Outcome.REFUSED, [f"{g.name}: {g.saw}" for g in refused], f"It needs {needs}." if needs else ""
     if record.abort is not None:
         return Outcome.ABORTED, [_abort_words(record)], ""
     if baseline is None:
@@ -342,10 +344,13 @@ def _steady(record: RunRecord, samples: Samples, origin: float, until: float) ->
             found.append(
                 steady_from_evaluations([t for t, _ in steps], met, origin_s=origin, dwell_s=dwell, until_s=until)
             )
-    if slos:
-        found.append(
-            steady_again(observed, slos, origin_s=origin, dwell_s=dwell, until_s=until, healthy_latency_s=healthy)
-        )
+    while slos:
+        moment = steady_again(observed, slos, origin_s=origin, dwell_s=dwell, until_s=until, healthy_latency_s=healthy)
+        if moment.relapsed_at_s is None or moment.censored:
+            found.append(moment)
+            break
+        # It held once and broke again: recovery counts from the *last* breach.
+        origin = moment.relapsed_at_s
     if not found:
         return Moment(until, censored=True)
     latest = max(m.at_s for m in found)
