@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.domain.spec import Experiment
 
 _SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE"
+_EXIT_ABORTED = 4
 
 
 @dataclass
@@ -53,14 +54,19 @@ def command(names: tuple[str, ...], **options: Any) -> None:
     request = prepare(app, names, options)
     from mlchaos_dagster.cli.execute import execute
 
-    code = execute(
-        app,
-        request.experiments,
-        request.environment,
-        shadow=options["shadow"],
-        seed=options["seed"],
-        suite=options["suite"] or "",
-    )
+    try:
+        code = execute(
+            app,
+            request.experiments,
+            request.environment,
+            shadow=options["shadow"],
+            seed=options["seed"],
+            suite=options["suite"] or "",
+        )
+    except KeyboardInterrupt:
+        # Between runs, or so early or late that the run itself could not take it: nothing is claimed here.
+        app.note("ABORTED  interrupted; `mlchaos status` shows whether anything is left")
+        code = _EXIT_ABORTED
     leave(code)
 
 
