@@ -85,7 +85,9 @@ def row(cell: Cell) -> str:
     """One line of the matrix."""
     without = f"without {', '.join(cell.off)}" if cell.off else "as it is"
     mark = "as it must" if cell.bites else "WRONG"
-    return f"| {cell.experiment} | {without} | {cell.outcome.value} | {mark} | {cell.reasons[0] if cell.reasons else ''} |"
+    return (
+        f"| {cell.experiment} | {without} | {cell.outcome.value} | {mark} | {cell.reasons[0] if cell.reasons else ''} |"
+    )
 
 
 def main() -> int:

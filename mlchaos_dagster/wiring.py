@@ -92,7 +92,8 @@ def build_run(
     backend = environment.backend_for(experiment.fault.kind)
     if backend is None:
         raise SpecError(
-            f"{experiment.name}: environment {environment.name} has no backend for {experiment.fault.kind}", "fault.kind"
+            f"{experiment.name}: environment {environment.name} has no backend for {experiment.fault.kind}",
+            "fault.kind",
         )
     home = settings.home
     prepare(environment, settings)
@@ -136,7 +137,7 @@ def in_thread(work: Callable[[], Any]) -> Callable[[], tuple[bool, Any]]:
     def target() -> None:
         try:
             box.append(work())
-        except Exception as e:  # handed to the poller, which decides
+        except Exception as e:  # noqa: BLE001  handed to the poller, which decides
             box.append(e)
 
     thread = threading.Thread(target=target, daemon=True)

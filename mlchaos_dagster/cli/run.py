@@ -49,7 +49,7 @@ def command(names: tuple[str, ...], **options: Any) -> None:
     \b
     Exit code: 0 HELD · 1 DEVIATED · 2 wrong input · 3 REFUSED · 4 ABORTED · 5 INCONCLUSIVE · 6 internal error ·
     70 UNCLEAN. Of several runs: the first of 70, 6, 4, 1, 5, 3, 0 that occurred. Ctrl-C stops and recovers.
-    """
+    """  # noqa: D301  click wants the real character
     app = current()
     request = prepare(app, names, options)
     from mlchaos_dagster.cli.execute import execute

@@ -1,0 +1,1 @@
+"""The dg component folder: one thin component over the library."""

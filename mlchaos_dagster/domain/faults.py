@@ -32,6 +32,7 @@ class PodDelete(FaultBase):
     """`kill` gives no chance to finish requests; `term` lets a graceful shutdown show itself."""
 
     def params(self) -> dict[str, Any]:
+        """`interval_s` (None: once), `signal`."""
         return {"interval_s": self.interval, "signal": self.signal}
 
 
@@ -49,6 +50,7 @@ class NetworkLatency(FaultBase):
     jitter: DurationOrZero = 0.0
 
     def params(self) -> dict[str, Any]:
+        """`latency_s`, `jitter_s`."""
         return {"latency_s": self.latency, "jitter_s": self.jitter}
 
 
@@ -59,6 +61,7 @@ class NetworkLoss(FaultBase):
     fraction: Annotated[Fraction, Field(gt=0)]
 
     def params(self) -> dict[str, Any]:
+        """`fraction`, 0–1."""
         return {"fraction": self.fraction}
 
 
@@ -68,9 +71,7 @@ class NetworkPartition(FaultBase):
     kind: Literal["network_partition"]
 
 
-Fault = Annotated[
-    PodDelete | PodFailure | NetworkLatency | NetworkLoss | NetworkPartition, Field(discriminator="kind")
-]
+Fault = Annotated[PodDelete | PodFailure | NetworkLatency | NetworkLoss | NetworkPartition, Field(discriminator="kind")]
 
 FAULTS: dict[str, type[FaultBase]] = {
     "pod_delete": PodDelete,

@@ -185,9 +185,7 @@ class BlastRadius(Model):
             raise ValueError(f"blast_radius.count: {self.count} is more than exists. Allowed: 1 to {existing}")
         taken = self.count if self.count is not None else max(1, int((self.fraction or 0) * existing + 1e-9))
         if taken > self.max_targets:
-            raise ValueError(
-                f"blast_radius: {taken} of {existing} targets is more than max_targets {self.max_targets}"
-            )
+            raise ValueError(f"blast_radius: {taken} of {existing} targets is more than max_targets {self.max_targets}")
         return taken
 
 

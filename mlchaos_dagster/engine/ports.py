@@ -35,12 +35,15 @@ class SystemClock:
     """The real one."""
 
     def monotonic(self) -> float:
+        """`time.monotonic()`."""
         return time.monotonic()
 
     def wall(self) -> float:
+        """`time.time()`."""
         return time.time()
 
     def sleep(self, seconds: float) -> None:
+        """Not at all when negative."""
         time.sleep(max(0.0, seconds))
 
 

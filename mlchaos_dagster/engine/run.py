@@ -181,9 +181,11 @@ class Run:
         for guard in GUARDS:
             try:
                 result = guard(self)
-            except Exception as e:  # the guard boundary: unknown is never safe
+            except Exception as e:  # noqa: BLE001  the guard boundary: unknown is never safe
                 name = guard.__name__.replace("_", " ")
-                result = GuardResult(name=name, passed=False, saw=f"could not be checked: {e}", needs="a guard that works")
+                result = GuardResult(
+                    name=name, passed=False, saw=f"could not be checked: {e}", needs="a guard that works"
+                )
             results.append(result)
             self.tell("guard", {"name": result.name, "passed": result.passed, "saw": result.saw})
             if not result.passed:

@@ -33,9 +33,7 @@ class RecordStore:
         packed = gzip.compress(json.dumps(samples.to_columns(), separators=(",", ":")).encode(), 6, mtime=0)
         name = f"{record.run_id}.samples.json.gz"
         write_atomic(self.directory / name, packed)
-        record = record.model_copy(
-            update={"samples_file": name, "samples_sha256": hashlib.sha256(packed).hexdigest()}
-        )
+        record = record.model_copy(update={"samples_file": name, "samples_sha256": hashlib.sha256(packed).hexdigest()})
         self._write(record, None)
         return record
 

@@ -130,9 +130,7 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
         return confirm.look(t)
 
     end = injected + run.window_s
-    run.abort = run.watch.until(
-        end, "fault", trackers=trackers, each=each, watcher=run.watcher, start=injected
-    )
+    run.abort = run.watch.until(end, "fault", trackers=trackers, each=each, watcher=run.watcher, start=injected)
     if run.abort is not None:
         _mark_breach(run, run.abort)
     else:
@@ -206,7 +204,9 @@ class Confirmation:
             self._keep(
                 False,
                 Evidence(
-                    present=False, effective=False, lines=("the fault was gone before the window ended", *evidence.lines)
+                    present=False,
+                    effective=False,
+                    lines=("the fault was gone before the window ended", *evidence.lines),
                 ),
             )
 
@@ -249,7 +249,7 @@ def _take_away(run: Run, lease: Lease) -> None:
             kit.driver.recover(lease)
             evidence = kit.driver.active(lease)
             said = "; ".join(evidence.lines)
-        except Exception as e:  # a crashing driver is one failed attempt, not the end of the recovery
+        except Exception as e:  # noqa: BLE001  a crashing driver is one failed attempt, not the end of the recovery
             said = str(e) if isinstance(e, DriverError) else f"{type(e).__name__}: {e}"
         if not evidence.present:
             break
@@ -278,7 +278,9 @@ def _take_away(run: Run, lease: Lease) -> None:
 def _unclean(run: Run, lease: Lease, said: str) -> None:
     command = f"mlchaos recover {lease.id}"
     run.clean = CleanFacts(proven=False, evidence=(said,), command=command)
-    run.incident("unclean", f"{lease.kind} on {', '.join(lease.targets)} may be live: {said}", lease=lease.id, command=command)
+    run.incident(
+        "unclean", f"{lease.kind} on {', '.join(lease.targets)} may be live: {said}", lease=lease.id, command=command
+    )
 
 
 def _sample_recovery(run: Run) -> None:

@@ -72,6 +72,8 @@ def steady(
     """Whether every objective holds over the phase, and why not.
 
     Args:
+        phase: what was measured.
+        objectives: all must hold.
         minimum: fewest requests that count; default the environment's `min_samples`.
 
     Returns:

@@ -85,7 +85,11 @@ def _decide(
     """Outcome, reasons (the decisive one first) and advice. The order of the questions is the rule."""
     if record.fault is not None and (record.clean is None or not record.clean.proven):
         said = record.clean.evidence[0] if record.clean and record.clean.evidence else "nothing could be read back"
-        return Outcome.UNCLEAN, [f"The target was not proven clean: {said}"], record.clean.command if record.clean else ""
+        return (
+            Outcome.UNCLEAN,
+            [f"The target was not proven clean: {said}"],
+            record.clean.command if record.clean else "",
+        )
     if record.error:
         also = [] if record.abort is None else [_abort_words(record)]
         return Outcome.ERROR, [record.error, *also], ""
@@ -98,8 +102,10 @@ def _decide(
     if baseline is None:
         return Outcome.REFUSED, ["No baseline was measured."], ""
     if steady_before is not True:
-        return Outcome.REFUSED, [f"The steady state did not hold before: {w}" for w in why_unsteady], (
-            "Nothing was injected. Find out why the target is not steady, or measure longer."
+        return (
+            Outcome.REFUSED,
+            [f"The steady state did not hold before: {w}" for w in why_unsteady],
+            ("Nothing was injected. Find out why the target is not steady, or measure longer."),
         )
     if during is None or record.fault is None:
         return Outcome.INCONCLUSIVE, ["No fault window was measured."], ""
@@ -292,9 +298,7 @@ def _recovery(record: RunRecord, samples: Samples) -> RecoveryResult:
         steps = samples.signal(signal)
         level = _values(steps, record.baseline)
         if steps and level:
-            back = regained(
-                [t for t, _ in steps], [v for _, v in steps], max(level), origin_s=origin, until_s=until
-            )
+            back = regained([t for t, _ in steps], [v for _, v in steps], max(level), origin_s=origin, until_s=until)
             if back.dropped_at_s is not None:
                 moments[part] = back.at_s
     detected = _detected(record, samples)

@@ -111,8 +111,8 @@ def sli_rows(verdict: Verdict) -> list[Row]:
     ]
 
 
-def sli_table(verdict: Verdict) -> dg.TableMetadataValue | None:
-    """Before, during, after and effect, as people read them."""
+def sli_table(verdict: Verdict, promised: bool = False) -> dg.TableMetadataValue | None:
+    """Before, during, after and effect, as people read them; of all SLIs, or of those with an objective."""
     return table(
         {
             "SLI": name,
@@ -120,23 +120,24 @@ def sli_table(verdict: Verdict) -> dg.TableMetadataValue | None:
             "during": show_value(s.during, s.unit),
             "after": show_value(s.after, s.unit),
             "effect": show_effect(s),
-            "SLO": s.slo or None,
-            "met": {True: "✔ yes", False: "✘ no", None: "–"}[s.met],
+            "SLO": s.slo.removeprefix(name).strip() or None,
+            "met": {True: "✔", False: "✘", None: "–"}[s.met],
             "samples": s.samples,
         }
         for name, s in verdict.slis.items()
+        if s.slo or not promised
     )
 
 
 def show_effect(s: SliResult) -> str:
-    """`−0.6 pp [−1.2, −0.1]`; a latency in milliseconds."""
+    """`−0.6 pp [−1.2, −0.1]`; a latency in milliseconds; `*`: the interval is not to be trusted."""
     if s.effect is None or not math.isfinite(s.effect):
         return "–"
     factor, unit = {"ratio": (100.0, " pp"), "s": (1000.0, " ms")}.get(s.unit, (1.0, ""))
     shown = f"{s.effect * factor:+.1f}{unit}"
     if s.ci_low is not None and s.ci_high is not None:
         shown += f" [{s.ci_low * factor:+.1f}, {s.ci_high * factor:+.1f}]"
-    return shown.replace("-", "−") + ("" if s.reliable else " (not reliable)")
+    return shown.replace("-", "−") + ("" if s.reliable else " *")
 
 
 def _finite(value: float | None) -> float | None:
@@ -282,7 +283,7 @@ def verdict_metadata(
             "outcome": f"{MARK[verdict.outcome]} {word}",
             "reason": verdict.reasons[0] if verdict.reasons else None,
             "report": dg.MetadataValue.md(markdown) if markdown else None,
-            "slis": sli_table(verdict),
+            "slis": sli_table(verdict, promised=True),
             "advice": verdict.advice,
             "report_path": dg.MetadataValue.path(report_path) if report_path else None,
             "record_path": dg.MetadataValue.path(record_path) if record_path else None,

@@ -190,7 +190,13 @@ class SimRequests:
             t = due - self.zero
             found.append(
                 RequestSample(
-                    t, t + world.late_s, t + world.late_s + latency, 200 if ok else 503, ok, "model" if ok else "error", ""
+                    t,
+                    t + world.late_s,
+                    t + world.late_s + latency,
+                    200 if ok else 503,
+                    ok,
+                    "model" if ok else "error",
+                    "",
                 )
             )
         return found

@@ -64,7 +64,7 @@ def test_losing_the_process_at_every_call(tmp_path: Path) -> None:
         world.crash_at = None
         results = sweep(
             ledger,
-            lambda name, environment: FakeDriver(world),
+            lambda name, environment, world=world: FakeDriver(world),
             world.clock,
             IncidentLog(home / "incidents.jsonl", world.clock),
             processes=AllDead(),

@@ -141,7 +141,11 @@ def test_guards_refuse(tmp_path: Path) -> None:
         ({"experiment": {"blast_radius": {"count": 4}}}, "more than exists"),
         ({"environment": {"limits": {"max_fraction": "10%"}}}, "blast radius"),
         (
-            {"environment": {"freezes": [{"start": "2020-01-01T00:00:00Z", "end": "2099-01-01T00:00:00Z", "reason": "x"}]}},
+            {
+                "environment": {
+                    "freezes": [{"start": "2020-01-01T00:00:00Z", "end": "2099-01-01T00:00:00Z", "reason": "x"}]
+                }
+            },
             "frozen",
         ),
     ]
