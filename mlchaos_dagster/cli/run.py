@@ -75,7 +75,7 @@ def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Reques
 
     Raises:
         SpecError: with every problem found; nothing was touched.
-    """
+    """  # noqa: D301 - click wants the control character itself
     _one_source(names, options)
     environment = app.environment
     threshold = _threshold(options["safety_threshold"])
