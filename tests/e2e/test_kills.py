@@ -1,0 +1,31 @@
+"""SIGKILL, at random moments of real runs: the run, its watchdog, both, the supervisor; and a frozen run.
+
+The rotating handful of `make kills`; the seed is printed with every failure.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+
+import pytest
+
+from benchmarks.kills import FAULTS, VICTIMS, Trial, jobs_for, lane
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+KILLS = 12
+LANES = 2
+
+
+@pytest.mark.req("RX-01")
+def test_nothing_is_left_behind_whoever_is_killed() -> None:
+    seed = int(time.time())
+    jobs = jobs_for(KILLS, seed)
+    with concurrent.futures.ThreadPoolExecutor(LANES) as pool:
+        parts = pool.map(lambda n: lane(n, jobs[n::LANES], seed, None), range(LANES))
+        results: list[Trial] = [r for part in parts for r in part]
+    bad = [r for r in results if r.left or r.clean_s is None or r.open_leases]
+    assert not bad, f"seed {seed}: {bad}"
+    assert {r.victim for r in results} == set(VICTIMS)
+    assert sum(r.fault_was_on for r in results) >= KILLS // 3, f"seed {seed}: hardly a kill met a fault; {results}"
+    assert set(FAULTS) >= {r.experiment for r in results}

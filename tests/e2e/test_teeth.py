@@ -1,0 +1,32 @@
+"""Two cells of the teeth matrix, another experiment every day: `make teeth` runs them all."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from benchmarks.teeth import cells, run_cell
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(200)]
+
+
+def todays() -> str:
+    """The experiment whose turn it is."""
+    names = sorted({e.name for e, _ in cells()})
+    return names[datetime.datetime.now(datetime.timezone.utc).date().toordinal() % len(names)]
+
+
+@pytest.mark.req("R1-01", "R1-02", "R1-03", "R2-02", "R2-03")
+@pytest.mark.parametrize("off", [False, True], ids=["as it is", "mechanism off"])
+def test_an_experiment_bites_only_where_its_mechanism_is_missing(off: bool, tmp_path: Path) -> None:
+    experiment = next(e for e, o in cells([todays()]) if o is off)
+    cell = run_cell(experiment, off, tmp_path)
+    assert cell.bites, f"{cell.experiment} without {cell.off}: {cell.outcome.value}, {cell.reasons}"
+
+
+def test_every_experiment_of_the_library_names_its_mechanism() -> None:
+    from mlchaos_dagster.catalog import Catalog
+
+    assert {e.name for e in Catalog().experiments()} == {e.name for e, _ in cells()}
