@@ -16,14 +16,6 @@ MEASURED_BY = {
     "recovery_analysis": "judge",
     "verdict": "report",
 }
-CHECKED_BY = {
-    "guards_passed": "check_guards",
-    "steady_state_before": "measure_baseline",
-    "fault_fired": "judge",
-    "steady_state_held": "judge",
-    "recovered_in_time": "judge",
-    "left_clean": "judge",
-}
 PROMISES = {
     "guards_passed": "Every guard let the run through.",
     "steady_state_before": "The steady state held before the fault; nothing is injected into a system that already fails.",
@@ -92,7 +84,7 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
 
 def _mappings(specs: Iterable[dg.AssetCheckSpec]) -> list[dg.OutputMapping]:
     outputs = [(phase, op, phase) for phase, op in MEASURED_BY.items()]
-    outputs += [(spec.get_python_identifier(), CHECKED_BY[spec.name], check_output(spec.name)) for spec in specs]
+    outputs += [(spec.get_python_identifier(), "report", check_output(spec.name)) for spec in specs]
     return [
         dg.OutputMapping(graph_output_name=out, mapped_node_name=op, mapped_node_output_name=op_out)
         for out, op, op_out in outputs

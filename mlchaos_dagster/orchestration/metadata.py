@@ -6,6 +6,7 @@ Numbers are SI (fractions 0–1, seconds), so that the UI plots them over runs. 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ Metadata = dict[str, Any]
 def numbers(values: Mapping[str, float | None]) -> Metadata:
     """Only what was measured and is finite: Dagster's storage is JSON."""
     return {
-        name: dg.MetadataValue.float(float(value))
+        name: dg.MetadataValue.float(float(f"{value:.6g}"))
         for name, value in values.items()
         if value is not None and math.isfinite(value)
     }
@@ -33,8 +34,14 @@ def numbers(values: Mapping[str, float | None]) -> Metadata:
 
 def table(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue | None:
     """A table in the UI; cells are what its records allow (text, numbers, booleans)."""
-    cells = [{k: "–" if v is None else v for k, v in row.items()} for row in rows]
+    cells = [{k: _cell(v) for k, v in row.items()} for row in rows]
     return dg.MetadataValue.table([dg.TableRecord(row) for row in cells]) if cells else None
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return re.sub(r"(?<=\d) (?=%|ms|s\b|pp)", "\u00a0", value)  # the UI breaks lines at every space
+    return "–" if value is None else value
 
 
 def without_nothing(metadata: Mapping[str, Any]) -> Metadata:
@@ -111,8 +118,22 @@ def sli_rows(verdict: Verdict) -> list[Row]:
     ]
 
 
-def sli_table(verdict: Verdict, promised: bool = False) -> dg.TableMetadataValue | None:
-    """Before, during, after and effect, as people read them; of all SLIs, or of those with an objective."""
+def promise_table(verdict: Verdict) -> dg.TableMetadataValue | None:
+    """The objectives, narrow enough for the page of an asset."""
+    return table(
+        {
+            "SLI": name,
+            "during": show_value(s.during, s.unit),
+            "SLO": s.slo.removeprefix(name).strip(),
+            "met": {True: "✔", False: "✘", None: "–"}[s.met],
+        }
+        for name, s in verdict.slis.items()
+        if s.slo
+    )
+
+
+def sli_table(verdict: Verdict) -> dg.TableMetadataValue | None:
+    """Before, during, after and effect of every SLI, as people read them."""
     return table(
         {
             "SLI": name,
@@ -125,7 +146,6 @@ def sli_table(verdict: Verdict, promised: bool = False) -> dg.TableMetadataValue
             "samples": s.samples,
         }
         for name, s in verdict.slis.items()
-        if s.slo or not promised
     )
 
 
@@ -275,7 +295,7 @@ def verdict_metadata(
     """The page that people open: verdict first and in words, then the picture, then numbers."""
     word = outcome_word(record, verdict)
     numeric: dict[str, float | None] = {}
-    for name, s in verdict.slis.items():
+    for name, s in ((n, s) for n, s in verdict.slis.items() if s.slo):
         stem = python_name(name)
         numeric[f"{stem}_during"], numeric[f"{stem}_effect"] = s.during, s.effect
     return without_nothing(
@@ -283,7 +303,7 @@ def verdict_metadata(
             "outcome": f"{MARK[verdict.outcome]} {word}",
             "reason": verdict.reasons[0] if verdict.reasons else None,
             "report": dg.MetadataValue.md(markdown) if markdown else None,
-            "slis": sli_table(verdict, promised=True),
+            "promises": promise_table(verdict),
             "advice": verdict.advice,
             "report_path": dg.MetadataValue.path(report_path) if report_path else None,
             "record_path": dg.MetadataValue.path(record_path) if record_path else None,
@@ -306,8 +326,21 @@ def _list(lines: Iterable[str]) -> str:
 # ---- checks
 
 
-def guards_check(guards: tuple[GuardResult, ...]) -> Metadata:
-    """Arguments of the check result: all guards, the first refusal in words."""
+def checks(record: RunRecord, verdict: Verdict, steady_because: str = "") -> dict[str, Metadata]:
+    """Arguments of the check results, by check; a promise that was not tested is absent."""
+    found: dict[str, Metadata] = {}
+    if record.guards:
+        found["guards_passed"] = _guards_check(record.guards)
+    if verdict.steady_before is not None:
+        found["steady_state_before"] = {
+            "passed": verdict.steady_before,
+            "description": steady_because or ("every objective held" if verdict.steady_before else ""),
+            "severity": dg.AssetCheckSeverity.WARN,
+        }
+    return {**found, **_verdict_checks(record, verdict)}
+
+
+def _guards_check(guards: tuple[GuardResult, ...]) -> Metadata:
     refused = next((g for g in guards if not g.passed), None)
     return {
         "passed": refused is None and bool(guards),
@@ -321,8 +354,7 @@ def guards_check(guards: tuple[GuardResult, ...]) -> Metadata:
     }
 
 
-def verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
-    """Results of the promises that only a judged run can tell; a promise that was not tested is absent."""
+def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
     found: dict[str, Metadata] = {}
     inconclusive = verdict.outcome is Outcome.INCONCLUSIVE
     why = verdict.reasons[0] if verdict.reasons else ""

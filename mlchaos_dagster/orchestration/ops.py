@@ -67,7 +67,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
 
     @op(
         "check_guards",
-        {"experiment": _asset_out(True), check_output("guards_passed"): _check_out(), "done": _done()},
+        {"experiment": _asset_out(True), "done": _done()},
         after=False,
     )
     def check_guards(context: dg.OpExecutionContext) -> Iterator[Any]:
@@ -96,13 +96,11 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             "experiment",
             metadata=md.experiment_metadata(experiment, environment, guards),
         )
-        if guards:
-            yield check(context, "guards_passed", md.guards_check(guards))
         yield dg.Output(None, "done")
 
     @op(
         "measure_baseline",
-        {"baseline_metrics": _asset_out(False), check_output("steady_state_before"): _check_out(), "done": _done()},
+        {"baseline_metrics": _asset_out(False), "done": _done()},
     )
     def measure_baseline(context: dg.OpExecutionContext) -> Iterator[Any]:
         refuse_retry(context)
@@ -119,10 +117,8 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             yield dg.Output(
                 md.baseline_rows(environment, values), "baseline_metrics", metadata=md.baseline_metadata(values, steady)
             )
-            arguments = {"passed": steady[0], "description": steady[1], "severity": dg.AssetCheckSeverity.WARN}
-            yield check(context, "steady_state_before", arguments)
             context.log.info(f"steady before: {'yes' if steady[0] else 'NO'}, {steady[1]}")
-        session.steady = steady[0]
+        session.steady, session.steady_because = steady
         yield dg.Output(None, "done")
 
     @op("run_fault_window", {"done": _done()})
@@ -149,10 +145,6 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         {
             "chaos_metrics": _asset_out(False),
             "recovery_analysis": _asset_out(False),
-            **{
-                check_output(c): _check_out()
-                for c in ("fault_fired", "steady_state_held", "recovered_in_time", "left_clean")
-            },
             "done": _done(),
         },
     )
@@ -167,12 +159,10 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             yield dg.Output(
                 md.recovery_rows(verdict), "recovery_analysis", metadata=md.recovery_metadata(record, verdict)
             )
-        for name, arguments in md.verdict_checks(record, verdict).items():
-            yield check(context, name, arguments)
         context.log.info(f"{keys.outcome_word(record, verdict)}: {'; '.join(verdict.reasons)}")
         yield dg.Output(None, "done")
 
-    @op("report", {"verdict": _asset_out(True)})
+    @op("report", {"verdict": _asset_out(True), **{check_output(c): _check_out() for c in keys.CHECKS}})
     def report(context: dg.OpExecutionContext) -> Iterator[Any]:
         session = session_of(context)
         with session.shielded("reporting"):
@@ -194,6 +184,9 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
                 str(published.report_path) if published.report_path else None,
             ),
         )
+        # After the verdict, so that the UI counts them as results on this verdict and not on the one before.
+        for name, arguments in md.checks(record, verdict, session.steady_because).items():
+            yield check(context, name, arguments)
         session.stop.close()
         if record.error or verdict.outcome.value in ("UNCLEAN", "ERROR"):
             # Our own error, or a fault that may be live: never a green run.
@@ -256,4 +249,3 @@ def phase_values(samples: Samples, environment: Environment, span: Span) -> dict
 def moments(record: RunRecord) -> list[str]:
     """One line a moment, for the run's log."""
     return [f"{m.t:8.3f} s  {m.name.replace('_', ' ')}" + (f": {m.note}" if m.note else "") for m in record.moments]
-

@@ -19,7 +19,7 @@ from typing import Any
 import dagster as dg
 
 from mlchaos_dagster.domain.environment import Environment
-from mlchaos_dagster.domain.record import RunRecord, Samples, Verdict
+from mlchaos_dagster.domain.record import AbortFacts, RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.ports import LiveRun, Platform, Progress, Published
@@ -94,7 +94,7 @@ class Session:
 
     def __init__(self, platform: Platform, record_id: str, run: LiveRun, stop: StatusWatcher) -> None:
         self.platform, self.record_id, self.run, self.stop = platform, record_id, run, stop
-        self.steady = False
+        self.steady, self.steady_because = False, ""
         self.window_opened = False
         self.cancelled = ""
         """Why the Dagster run ends CANCELED; empty when it does not."""
@@ -112,12 +112,20 @@ class Session:
     def finish(self) -> RunRecord:
         """Probes stopped, record saved. Idempotent."""
         if self.record is None:
-            self.record = self.run.finish()
+            self.record = self._told(self.run.finish())
             self.samples = self.run.samples
             abort = self.record.abort
             if abort is not None and abort.cause in WORD_OF_SOMEBODY:
                 self.cancelled = self.cancelled or abort.reason
         return self.record
+
+    def _told(self, record: RunRecord) -> RunRecord:
+        """An interrupt that came before the engine could note it: in the guards, or between two ops."""
+        if not self.cancelled or record.abort is not None or record.fault is not None:
+            return record
+        t = max([0.0, *(m.t for m in record.moments)])
+        abort = AbortFacts(cause="signal", reason=self.cancelled, breach_at=t, clean_at=t)
+        return record.model_copy(update={"abort": abort})
 
     def judge(self) -> Verdict:
         """The verdict, judged once."""

@@ -19,6 +19,7 @@ from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Budget
 from mlchaos_dagster.engine.stops import FileStop, SignalStop, StopFiles
 from mlchaos_dagster.orchestration.platform import RealPlatform
+from mlchaos_dagster.orchestration.ports import Published
 from mlchaos_dagster.settings import Home, Settings
 
 
@@ -45,6 +46,8 @@ class SimPlatform(RealPlatform):
     swept: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
     worlds: dict[str, sim.World] = field(default_factory=dict)
+    draw: bool = False
+    """Pictures and reports take longer than the simulated run, and have tests of their own."""
 
     def __post_init__(self) -> None:
         home = Home(self.root)
@@ -76,6 +79,15 @@ class SimPlatform(RealPlatform):
         if options.get("progress"):
             run.tell = options["progress"]
         return run
+
+    def picture(self, *of: Any) -> bytes | None:
+        return super().picture(*of) if self.draw else None
+
+    def publish(self, record: Any, samples: Any, verdict: Any) -> Published:
+        if self.draw:
+            return super().publish(record, samples, verdict)
+        self.store().save_verdict(record, verdict)
+        return Published(self.store().path(record.run_id), None)
 
     def budget(self, environment: Environment) -> Budget | None:
         if isinstance(self.left, Exception):

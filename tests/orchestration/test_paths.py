@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -51,6 +52,7 @@ def outcome(platform: SimPlatform, run_id: str) -> Outcome:
 
 
 def test_held(run: Any, instance: dg.DagsterInstance, platform: SimPlatform) -> None:
+    platform.draw = True
     result = run()
     assert result.success
     assert phases(result) == ALL
@@ -58,6 +60,10 @@ def test_held(run: Any, instance: dg.DagsterInstance, platform: SimPlatform) -> 
     shown = metadata(result, "verdict")
     assert shown["outcome"] == "✔ HELD"
     assert {"availability_during", "availability_effect", "recovery_steady_s"} <= set(shown)
+    assert (
+        "data:image/png;base64," in shown["report"] and "data:image/png" in metadata(result, "chaos_metrics")["picture"]
+    )
+    assert Path(shown["report_path"]).is_file() and Path(shown["record_path"]).is_file()
     assert metadata(result, "baseline_metrics")["availability_baseline"] == 1.0
     stored = instance.get_run_by_id(result.run_id)
     assert stored is not None and stored.tags[keys.TAG_OUTCOME] == "HELD"
@@ -72,6 +78,13 @@ def test_checks_are_stored(run: Any, instance: dg.DagsterInstance) -> None:
         [dg.AssetCheckKey(verdict, c) for c in keys.CHECKS]
     )
     assert {k.name for k in found} == set(keys.CHECKS)
+    latest = instance.get_latest_materialization_event(verdict)
+    assert latest is not None
+    for key in found:
+        stored = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)[0]
+        evaluation = stored.evaluation
+        assert evaluation is not None and evaluation.target_materialization_data is not None
+        assert evaluation.target_materialization_data.run_id == latest.run_id, "it tells of this verdict"
 
 
 def test_refused_by_a_guard(run: Any, platform: SimPlatform) -> None:
@@ -156,7 +169,7 @@ def ctrl_c(_run_id: str) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("at", [2.0, 9.0], ids=["baseline", "window"])
+@pytest.mark.parametrize("at", [0.0, 2.0, 9.0], ids=["guards", "baseline", "window"])
 def test_a_signal_ends_it_cancelled(run: Any, platform: SimPlatform, instance: dg.DagsterInstance, at: float) -> None:
     record = cancelled(platform, instance, run, ctrl_c, at)
     assert record.abort.cause == "signal"
