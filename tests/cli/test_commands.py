@@ -88,6 +88,7 @@ def test_json_is_only_json(words: list[str], cli: Cli) -> None:
     assert set(json.loads(before.out)) == set(json.loads(answer.out))
 
 
+@pytest.mark.req("R2-01")
 def test_list_and_describe(cli: Cli) -> None:
     found = json.loads(cli("list", "-o", "json").out)
     assert {e["name"] for e in found["experiments"]} >= {"serving-pod-failure", "feature-store-delay"}

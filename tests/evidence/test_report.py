@@ -71,6 +71,7 @@ def pages() -> dict[str, Page]:
     return {name: Page(render_html(*run)) for name, run in RUNS.items()}
 
 
+@pytest.mark.req("R2-04")
 @pytest.mark.parametrize("name", RUNS)
 def test_page_is_whole_self_contained_and_shows_no_missing_value(name: str, pages: dict[str, Page]) -> None:
     page = pages[name]

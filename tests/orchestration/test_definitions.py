@@ -37,6 +37,7 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
     return build_definitions(library, SimPlatform(tmp_path_factory.mktemp("home")))
 
 
+@pytest.mark.req("RD")
 def test_asset_keys(definitions: dg.Definitions) -> None:
     found = sorted(k.to_user_string() for k in definitions.resolve_asset_graph().get_all_asset_keys())
     assert found == sorted(

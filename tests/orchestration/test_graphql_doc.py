@@ -80,6 +80,7 @@ def commands() -> str:
     return "set -euo pipefail\n" + "\n".join(blocks)
 
 
+@pytest.mark.req("R4-01")
 def test_every_command_of_the_document(dagster: str, project: Path) -> None:
     env = {**os.environ, "DAGSTER": dagster}
     done = subprocess.run(["bash", "-c", commands()], env=env, capture_output=True, text=True, timeout=200, check=False)
