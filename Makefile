@@ -1,23 +1,31 @@
 # Everything runs from a virtual environment in .venv; `make setup` builds it once.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.set-up
 # `make test` tries the slow end-to-end cells last; more workers than cores would only make the probe late.
 WORKERS ?= 2
 
-.PHONY: setup demo dev check test test-cluster teeth kills bench clean
+.PHONY: setup demo dev check test teeth kills outcomes bench clean
 
-setup: $(STAMP)
+# What a run needs, and what its developers need: `make demo` does not wait for the second.
+RUN_STAMP := .venv/.set-up
+DEV_STAMP := .venv/.set-up-dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
+setup: $(DEV_STAMP)
+
+$(RUN_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	$(PIP) -e .
+	touch $@
 
-demo: setup
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(RUN_STAMP)
 	$(BIN)/mlchaos run serving-pod-failure
 
-dev: setup
+dev: $(RUN_STAMP)
 	DAGSTER_HOME=$(CURDIR) $(BIN)/dagster dev
 
 check: setup
@@ -32,6 +40,9 @@ test: setup
 
 teeth: setup
 	$(BIN)/python -m benchmarks.teeth
+
+outcomes: setup
+	$(BIN)/python -m benchmarks.outcomes
 
 kills: setup
 	$(BIN)/python -m benchmarks.kills
