@@ -119,6 +119,16 @@ class AbortCondition(Model):
         return value > self.limit.value if self.above is not None else value < self.limit.value
 
 
+class DegradationSpec(Model):
+    """Abort, besides the limits, once an objective is surely broken by more than before (anytime-valid)."""
+
+    margin: Fraction = 0.1
+    """Rise of the share of bad requests over the baseline that is tolerated. 10 pp: what the experiment came to see
+    should not end it."""
+    alpha: Annotated[Fraction, Field(gt=0, lt=0.5)] = 0.01
+    """Probability of a false alarm over the whole window, however often it is looked at."""
+
+
 class Expectation(Model):
     """An effect that must be *seen*: the fault fired, or the mechanism under test acted."""
 
@@ -232,6 +242,8 @@ class Experiment(Model):
     recovery: RecoverySpec = RecoverySpec()
     abort: tuple[AbortCondition, ...] = ()
     """On top of the environment's own limits."""
+    degradation: DegradationSpec | None = None
+    """An anytime-valid comparison with the baseline, beside the limits; absent: none."""
     teeth: Teeth | None = None
     prerequisites: tuple[str, ...] = ()
     tags: dict[str, str] = {}

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Samples, Span
+from mlchaos_dagster.engine.active import RECOVERY
+from mlchaos_dagster.engine.degradation import Degradation
 from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.engine.watch import Tracker
 from mlchaos_dagster.errors import DriverError, LeaseRefused, MlChaosError, StoreError
@@ -36,6 +38,10 @@ def open_fault_window(run: Run) -> None:
     On failure: the fault is taken away, or `run.clean.proven` is False and the lease stays open for
     the watchdog and the sweeper.
     """
+    if _stopped(run):
+        assert run.abort is not None
+        run.incident("abort", f"before the fault: {run.abort.reason}", cause=run.abort.cause)
+        return
     lease = _write_lease(run)
     if lease is None:
         return
@@ -64,6 +70,14 @@ def open_fault_window(run: Run) -> None:
             breach_to_clean_s=None if run.abort.seconds is None else round(run.abort.seconds, 3),
         )
     _sample_recovery(run)
+
+
+def _stopped(run: Run) -> bool:
+    """Whether somebody said stop since the last look; the abort is noted."""
+    run.abort = run.watch.stop_asked(run.watch.now)
+    if run.abort is not None:
+        _mark_breach(run, run.abort)
+    return run.abort is not None
 
 
 def _write_lease(run: Run) -> Lease | None:
@@ -116,6 +130,9 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
     run.mark("inject_requested")
     start = run.watch.now
     run.window = Span(start=start, end=start)
+    # The lease is visible now. Who said stop and saw no lease of this run said it before this look.
+    if _stopped(run):
+        return
     kit.ledger.check(lease)
     if not run.shadow:
         kit.driver.inject(lease)
@@ -125,9 +142,12 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
     confirm = Confirmation(run, lease)
     trackers = [Tracker(c) for c in (*run.environment.limits.abort, *run.experiment.abort)]
 
+    degradation = Degradation(run, since=injected)
+
     def each(t: float) -> AbortFacts | None:
         renew.look(t)
-        return confirm.look(t)
+        confirm.look(t)
+        return degradation.look(t)
 
     end = injected + run.window_s
     run.abort = run.watch.until(end, "fault", trackers=trackers, each=each, watcher=run.watcher, start=injected)
@@ -287,6 +307,7 @@ def _sample_recovery(run: Run) -> None:
     """Go on sampling until everything is steady again for the dwell time, or the observation's limit."""
     if run.clean is None or not run.clean.proven or run.after is None:
         return
+    run.kit.active.note(run.run_id, RECOVERY)
     sampling, recovery = run.environment.sampling, run.experiment.recovery
     start = run.after.start
     end = start + min(sampling.recovery_timeout, recovery.within + recovery.dwell + 1.0)

@@ -113,7 +113,9 @@ class MeanGuard:
         _check_alpha(alpha)
         if batch < 1 or not (math.isfinite(bounds[0]) and bounds[0] < bounds[1] < math.inf):
             raise ValueError("a batch holds at least one sample, and bounds are finite and ascending")
-        self._batch, self._floor, self._scale, self._margin = batch, bounds[0], bounds[1] - bounds[0], margin
+        self._batch, self._floor, self._scale = batch, bounds[0], bounds[1] - bounds[0]
+        self.margin = margin
+        """The rise that is tolerated."""
         self._before, self._during = EmpiricalBernstein(alpha / 2.0), EmpiricalBernstein(alpha / 2.0)
         x = as_series(baseline)
         if len(x) < batch:
@@ -136,7 +138,7 @@ class MeanGuard:
                 self._during.update(mean)
                 self._total += mean
                 self._rest.clear()
-                if self._alarm_at is None and self._low() > self._margin:
+                if self._alarm_at is None and self._low() > self.margin:
                     self._alarm_at = self._samples
         return self.state
 
@@ -151,7 +153,7 @@ class MeanGuard:
             during=self._floor + self._scale * self._total / t if t else None,
             low=self._low(),
             high=self._scale * (self._during.high - self._before.low),
-            evidence=self._low() - self._margin if t else -math.inf,
+            evidence=self._low() - self.margin if t else -math.inf,
             alarm=self._alarm_at is not None,
             alarm_at_sample=self._alarm_at,
         )

@@ -101,6 +101,17 @@ def test_limit_aborts_and_times_it(tmp_path: Path) -> None:
     assert "error_rate above 50.0 %" in verdict.reasons[0]
 
 
+@pytest.mark.req("RX-05")
+def test_sure_degradation_aborts_without_any_limit(tmp_path: Path) -> None:
+    asked = {"degradation": {"margin": "10%"}, "duration": "30s"}
+    record, verdict = outcome(tmp_path / "a", World(errors_during=0.4), experiment=asked)
+    assert verdict.outcome is Outcome.ABORTED and record.abort is not None
+    assert "confidence sequence" in record.abort.reason and "availability" in record.abort.reason
+    assert record.window is not None and record.window.length < 25
+    for k, world in enumerate([World(), World(errors_during=0.05)]):  # nothing, and within the margin
+        assert outcome(tmp_path / f"b{k}", world, experiment=asked)[0].abort is None
+
+
 def test_blind_aborts(tmp_path: Path) -> None:
     world = World()
     world.mute_from = world.clock.t + 8
