@@ -1,7 +1,7 @@
 """The supervisor: starts and watches every process of one sandbox, and is the one address that faults are asked at.
 
 Started detached by :mod:`.api`. Its death, by whatever signal, ends all its children (see :mod:`.lifeline`), and with
-them every fault. Control API: JSON on loopback, header ``X-Sandbox-Token``; see ``_routes``.
+them every fault. Control API: JSON on loopback, header ``X-Sandbox-Token``; see :mod:`.control`.
 """
 
 from __future__ import annotations
@@ -15,29 +15,26 @@ import secrets
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
-from aiohttp import web
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from .config import MAX_REPLICAS, SandboxConfig
+from .config import SandboxConfig
+from .control import serve
 from .fault_book import FaultBook, proxy_of
 from .faults import Refused
-from .lifeline import listen
-from .service import TOKEN_HEADER, Handler
+from .request_ring import Counts, RequestRing
+from .service import TOKEN_HEADER
 from .slots import Slot
+from .state_file import StateFile
 from .truth import TruthLog
 
 _STORE_LINK = "gateway->feature-store"
 _POLL_S = 0.1
 _POLL_STEADY_S = 0.5
 _POLL_STARTING_S = 0.05
-_RING_S = 3600
 _UNANSWERED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 
 
@@ -58,15 +55,13 @@ class Supervisor:
         self.control_port = 0
         self.link_ports: dict[str, int] = {}
         self.book = FaultBook(self.slots, self.links, self.call, self.truth, directory)
+        self.requests = RequestRing(self._count_requests)
         self.session: aiohttp.ClientSession
         self._me = psutil.Process()
+        self._state = StateFile(directory)
         self._dirty = asyncio.Event()
         self._pushed: dict[str, tuple[int | None, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ring: deque[tuple[float, int, int]] = deque(maxlen=_RING_S + 60)
-        self._total = self._bad = 0
-        self._last = (0, 0, 0)
-        self._scrape_lock = asyncio.Lock()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -78,11 +73,11 @@ class Supervisor:
         (self.directory / "logs").mkdir(exist_ok=True)
         self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.truth.write("supervisor_started", "supervisor", os.getpid())
-        runner = await self._serve()
+        runner, self.control_port = await serve(self)
         try:
             for name in ("feature-store", "proxy-feature-store", "proxy-inference", "gateway"):
                 self._add_slot(name)
-            for task in (self._reconcile, self._scrape_loop, self.book.watch):
+            for task in (self._reconcile, self.requests.watch, self.book.watch):
                 self._start(task())
             self._start(self._set_up())
             await self.stop.wait()
@@ -91,7 +86,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*(slot.stop() for slot in self.slots.values()), return_exceptions=True)
             self.truth.write("supervisor_stopped", "supervisor", os.getpid())
-            (self.directory / "state.json").unlink(missing_ok=True)
+            self._state.remove()
             await runner.cleanup()
             await self.session.close()
 
@@ -208,6 +203,18 @@ class Supervisor:
         ) as response:
             return response.status, await response.json()
 
+    async def _count_requests(self) -> Counts | None:
+        """The gateway's counters; None when it does not tell."""
+        slot = self.slots["gateway"]
+        if slot.port is None or not slot.running:
+            return None
+        pid = slot.pid or 0
+        try:
+            _, state = await self.call(slot, "GET", "/state", None, 0.5)
+        except _UNANSWERED:
+            return None
+        return pid, state["requests_total"], state["errors_total"]
+
     # -- wiring -----------------------------------------------------------------------------------------------------
 
     async def _reconcile(self) -> None:
@@ -265,10 +272,9 @@ class Supervisor:
         return answer
 
     def _write_state(self) -> None:
-        """The file others find us by; also tells ``down`` whom to kill when we are dead."""
         children = {n: {"pid": s.pid, "create_time": s.create_time} for n, s in self.slots.items() if s.pid}
         gateway = self.slots["gateway"].last_port
-        state = {
+        state: dict[str, Any] = {
             "pid": os.getpid(),
             "create_time": self._me.create_time(),
             "control_url": f"http://127.0.0.1:{self.control_port}",
@@ -280,67 +286,9 @@ class Supervisor:
             "config": self.config.to_dict(),
             "started_at": self.started_at,
         }
-        content = json.dumps(state, indent=1)
-        if content == getattr(self, "_state", None):
-            return
-        partial = self.directory / ".state.json.partial"
-        try:
-            file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(file, "w") as stream:
-                stream.write(content)
-            os.replace(partial, self.directory / "state.json")
-        except OSError:
-            return  # full disk: the old file is still whole, the next change tries again
-        self._state = content
+        self._state.write(state)
 
-    # -- error budget -----------------------------------------------------------------------------------------------
-
-    async def _scrape_loop(self) -> None:
-        while True:
-            await self._scrape()
-            await asyncio.sleep(1.0)
-
-    async def _scrape(self) -> None:
-        """Add the gateway's counters to ours; a restarted gateway starts again from zero, as Prometheus expects."""
-        async with self._scrape_lock:
-            slot = self.slots["gateway"]
-            if slot.port is None or not slot.running:
-                return
-            pid = slot.pid or 0
-            try:
-                _, state = await self.call(slot, "GET", "/state", None, 0.5)
-            except _UNANSWERED:
-                return
-            known_pid, total, bad = self._last
-            if known_pid != pid:
-                total = bad = 0
-            self._total += state["requests_total"] - total
-            self._bad += state["errors_total"] - bad
-            self._last = (pid, state["requests_total"], state["errors_total"])
-            self._ring.append((time.monotonic(), self._total, self._bad))
-
-    async def requests(self, window_s: float) -> dict[str, Any]:
-        """Requests and bad ones (5xx) at the gateway in the last ``window_s`` seconds."""
-        await self._scrape()
-        now = time.monotonic()
-        if not self._ring:
-            return {"total": 0, "bad": 0, "window_s": window_s, "covered_s": 0.0, "age_s": None}
-        newest = self._ring[-1]
-        # The oldest count inside the window's start, so that the window is covered whole.
-        oldest = self._ring[0]
-        for entry in reversed(self._ring):
-            oldest = entry
-            if entry[0] <= now - window_s:
-                break
-        return {
-            "total": newest[1] - oldest[1],
-            "bad": newest[2] - oldest[2],
-            "window_s": window_s,
-            "covered_s": round(newest[0] - oldest[0], 3),
-            "age_s": round(now - newest[0], 3),
-        }
-
-    # -- control API ------------------------------------------------------------------------------------------------
+    # -- what it says of itself ---------------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
         """Everything, asked of the processes themselves just now."""
@@ -395,117 +343,6 @@ class Supervisor:
         told = digest.count('"ready": true') if pid == self.slots["gateway"].pid else -1
         ready = sum(process["ready"] for process in processes if process["role"] == "inference")
         return len(self.links()) == self.replicas + 1 and told == ready
-
-    async def _serve(self) -> web.AppRunner:
-        registry = CollectorRegistry()
-        Gauge("sandbox_processes_ready", "Processes that are ready", registry=registry).set_function(
-            lambda: sum(slot.ready for slot in self.slots.values())
-        )
-        Gauge("sandbox_restarts", "Restarts of all processes", registry=registry).set_function(
-            lambda: sum(slot.restarts for slot in self.slots.values())
-        )
-
-        async def metrics(request: web.Request) -> web.Response:
-            return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4"})
-
-        async def health(request: web.Request) -> web.Response:
-            return web.json_response({"alive": True})
-
-        async def ready(request: web.Request) -> web.Response:
-            done = (await self.status())["ready"]
-            return web.json_response({"ready": done}, status=200 if done else 503)
-
-        app = web.Application(middlewares=[self._gate])
-        app.router.add_get("/healthz", health)
-        app.router.add_get("/readyz", ready)
-        app.router.add_get("/metrics", metrics)
-        self._routes(app)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
-        await runner.setup()
-        sock = listen()
-        self.control_port = sock.getsockname()[1]
-        await web.SockSite(runner, sock).start()
-        return runner
-
-    def _routes(self, app: web.Application) -> None:
-        async def status(request: web.Request) -> Any:
-            return await self.status()
-
-        async def signals(request: web.Request) -> Any:
-            return self.signals()
-
-        async def add_fault(request: web.Request) -> Any:
-            return await self.book.add(await _json(request))
-
-        async def remove_fault(request: web.Request) -> Any:
-            lease = request.match_info["lease_id"]
-            return {"lease_id": lease, "removed": await self.book.remove(lease), "tombstone": True}
-
-        async def faults(request: web.Request) -> Any:
-            return await self.book.present()
-
-        async def scale(request: web.Request) -> Any:
-            body = await _json(request)
-            replicas = body.get("replicas") if isinstance(body, dict) else None
-            if isinstance(replicas, bool) or not isinstance(replicas, int) or not 0 <= replicas <= MAX_REPLICAS:
-                raise Refused(400, f"replicas must be a whole number from 0 to {MAX_REPLICAS}, not {replicas!r}")
-            async with self.book.lock:
-                await self.scale(replicas)
-            return {"replicas": self.replicas}
-
-        async def requests(request: web.Request) -> Any:
-            text = request.query.get("window_s", "60")
-            try:
-                window_s = float(text)
-            except ValueError:
-                window_s = 0.0
-            if not 0 < window_s <= _RING_S:
-                raise Refused(400, f"window_s must be seconds, more than 0 and at most {_RING_S}, not {text!r}")
-            return await self.requests(window_s)
-
-        async def shutdown(request: web.Request) -> Any:
-            # After the answer is on its way.
-            asyncio.get_running_loop().call_later(0.02, self.stop.set)
-            return {"stopping": True}
-
-        for method, path, handler in (
-            ("GET", "/status", status),
-            ("GET", "/signals", signals),
-            ("POST", "/faults", add_fault),
-            ("DELETE", "/faults/{lease_id}", remove_fault),
-            ("GET", "/faults", faults),
-            ("PUT", "/scale", scale),
-            ("GET", "/requests", requests),
-            ("POST", "/shutdown", shutdown),
-        ):
-            app.router.add_route(method, path, _as_json(handler))
-
-    @web.middleware
-    async def _gate(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        open_to_all = request.path in ("/healthz", "/readyz", "/metrics")
-        given = request.headers.get(TOKEN_HEADER, "").encode()
-        if not open_to_all and not secrets.compare_digest(given, self.token.encode()):
-            return web.json_response({"error": f"{TOKEN_HEADER} is missing or wrong"}, status=403)
-        return await handler(request)
-
-
-def _as_json(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        try:
-            return web.json_response(await handler(request))
-        except Refused as refused:
-            return web.json_response({"error": str(refused)}, status=refused.status)
-
-    return answer
-
-
-async def _json(request: web.Request) -> Any:
-    try:
-        return await request.json()
-    except ValueError as error:
-        raise Refused(400, f"the body is not JSON: {error}") from error
 
 
 def _detach() -> None:
