@@ -47,6 +47,11 @@ class Home:
         return self.root / "stop"
 
     @property
+    def active(self) -> Path:
+        """One file per run that has begun and not ended."""
+        return self.root / "active"
+
+    @property
     def gates(self) -> Path:
         """Gates by environment, closed by the error-budget sensor."""
         return self.root / "gates"

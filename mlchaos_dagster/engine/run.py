@@ -22,6 +22,7 @@ from mlchaos_dagster.domain.record import (
     Span,
 )
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.engine.active import BASELINE, ENDED, FAULT, ActiveRuns
 from mlchaos_dagster.engine.guards import GUARDS
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ports import (
@@ -36,6 +37,7 @@ from mlchaos_dagster.engine.ports import (
     StopSource,
     Watcher,
 )
+from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.engine.watch import Watch
 from mlchaos_dagster.engine.window import open_fault_window
@@ -65,6 +67,8 @@ class Kit:
     store: RecordStore
     incidents: IncidentLog
     gate: Path
+    active: ActiveRuns
+    stop_files: StopFiles
     budget: Callable[[], Budget] | None = None
     stops: Sequence[StopSource] = ()
     signals_deferred: Callable[[], AbstractContextManager[StopSource]] | None = None
@@ -122,8 +126,9 @@ class Run:
 
     @property
     def may_inject(self) -> bool:
-        """Every guard passed and nothing has stopped the run."""
-        return bool(self.guards) and all(g.passed for g in self.guards) and self.abort is None and not self.error
+        """Every guard passed and nothing has stopped or ended the run."""
+        passed = bool(self.guards) and all(g.passed for g in self.guards)
+        return passed and self.abort is None and not self.error and self._record is None
 
     @property
     def samples(self) -> Samples:
@@ -174,11 +179,11 @@ class Run:
     # ---- phases
 
     def check_guards(self) -> tuple[GuardResult, ...]:
-        """Ask every guard; the first that refuses ends the check. A crashing guard refuses."""
+        """Announce the run, ask every guard; the first that refuses ends the check. A crashing guard refuses."""
         begun = self.watch.now
-        self.tell("phase", {"name": "guards", "seconds": 0.0})
+        self.tell("phase", {"name": "guards", "seconds": 0.0, "run_id": self.run_id})
         results: list[GuardResult] = []
-        for guard in GUARDS:
+        for guard in (_announced, *GUARDS):
             try:
                 result = guard(self)
             except Exception as e:  # noqa: BLE001  the guard boundary: unknown is never safe
@@ -186,6 +191,8 @@ class Run:
                 result = GuardResult(
                     name=name, passed=False, saw=f"could not be checked: {e}", needs="a guard that works"
                 )
+            if guard is _announced and result.passed:
+                continue  # a matter of course; people read the list of guards
             results.append(result)
             self.tell("guard", {"name": result.name, "passed": result.passed, "saw": result.saw})
             if not result.passed:
@@ -200,6 +207,7 @@ class Run:
         if not self.may_inject:
             return None
         length = self.environment.sampling.baseline
+        self.kit.active.note(self.run_id, BASELINE)
         self.tell("phase", {"name": "baseline", "seconds": length})
         with self._deferred():
             try:
@@ -240,13 +248,26 @@ class Run:
         """Inject, confirm, watch, recover, prove clean, sample the recovery. See engine/window.py."""
         if not self.may_inject or self.baseline is None:
             return
+        self.kit.active.note(self.run_id, FAULT)
         with self._deferred():
             open_fault_window(self)
 
     def finish(self) -> RunRecord:
-        """Stop the probes, let the watchdog go, and save. Idempotent; call it on every path."""
-        if self._record is not None:
-            return self._record
+        """Stop the probes, let the watchdog go, save, and be known as active no more.
+
+        Idempotent; call it on every path.
+        """
+        if self._record is None:
+            self.kit.active.note(self.run_id, ENDED)
+            try:
+                self._record = self._save()
+            finally:
+                # Whoever stops writes the request only while the run is listed: so the list goes first.
+                self.kit.active.forget(self.run_id)
+                self.kit.stop_files.forget(self.run_id)
+        return self._record
+
+    def _save(self) -> RunRecord:
         self.watch.stop()
         if self.watcher is not None:
             self.watcher.close()
@@ -278,11 +299,26 @@ class Run:
         except StoreError as e:
             # The target is clean by now; the result is told, and the run is not called a pass.
             record = record.model_copy(update={"error": f"the record could not be saved: {e}"})
-        self._record = record
         return record
 
     def _deferred(self) -> AbstractContextManager[Any]:
         return _Deferred(self)
+
+
+def _announced(run: Run) -> GuardResult:
+    """The run can be found by who wants to stop it. Before the other guards: they look for the lever and stop files."""
+    try:
+        run.kit.active.announce(
+            run.run_id, run.experiment.name, run.environment.name, run.kit.owner, run.zero_wall, run.longest_s
+        )
+    except StoreError as e:
+        return GuardResult(
+            name="can be stopped",
+            passed=False,
+            saw=f"the run cannot be announced: {e}",
+            needs="a state directory that can be written; nobody could stop this run by name",
+        )
+    return GuardResult(name="can be stopped", passed=True, saw="announced")
 
 
 class _Deferred:

@@ -19,7 +19,7 @@ from mlchaos_dagster.engine.ports import Ledger
 from mlchaos_dagster.errors import SpecError, StoreError
 from mlchaos_dagster.settings import Home
 
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _UNSAID = "no reason was recorded"
 
 
@@ -36,7 +36,7 @@ class StopFiles:
             SpecError: that is no run id.
             StoreError: it could not be written.
         """
-        if not _RUN_ID.fullmatch(run_id):
+        if not RUN_ID.fullmatch(run_id):
             raise SpecError(f"{run_id!r} is not a run id: letters, digits, '-', '_' and '.' are allowed", "run")
         _mark(self.directory / f"run-{run_id}", reason)
 

@@ -16,12 +16,15 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Environment, Target
 from mlchaos_dagster.domain.record import Evidence, RequestSample, SignalSample
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Budget, Health, Lease, Owner
 from mlchaos_dagster.engine.run import Kit, Run
+from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
+from mlchaos_dagster.settings import Home
 
 ENVIRONMENT: dict[str, Any] = {
     "schema": "mlchaos/v1",
@@ -269,6 +272,8 @@ def build(
         store=RecordStore(tmp_path / "records"),
         incidents=IncidentLog(tmp_path / "incidents.jsonl", clock),
         gate=tmp_path / "gates" / "sim.json",
+        active=ActiveRuns(tmp_path / "active", clock),
+        stop_files=StopFiles(Home(tmp_path)),
         stops=[SimStop(world)],
     )
     return Run(
