@@ -274,6 +274,20 @@ class FileLedger:
             token=entry.token or 0,
         )
 
+    def settled(self) -> bool:
+        """Wait until every `open` that is under way has ended: what it wrote is in `leases` from then on.
+
+        A barrier after pulling the lever, for an `open` that looked at the lever before.
+
+        Returns:
+            False when the mutex is stuck, after `takeover_wait_s`; its holder will meet the lever when it goes on, since
+            `open` looks again after it has written.
+        """
+        if not self.directory.is_dir():
+            return True
+        with self._files.mutex(self.takeover_wait_s) as held:
+            return held
+
     def beat(self, lease_id: str) -> int:
         """The renewal counter; 0 when it cannot be read (an observer then sees no renewals)."""
         return number(self._files.slots(lease_id)[:SLOT_STOP])

@@ -499,3 +499,38 @@ def test_the_portable_way_tells_the_same(child):
     assert started and processes._started_psutil(child.pid) == started
     child.kill()
     until(lambda: processes._started_psutil(child.pid) is None)  # a zombie
+
+
+# -- the barrier after the lever ---------------------------------------------------------------------------------------
+
+
+def test_after_the_barrier_an_open_that_was_under_way_is_seen(ledger):
+    inside, go = threading.Event(), threading.Event()
+    slow = FileLedger(ledger.directory, SystemClock())
+    ballast = slow._files.ensure_ballast
+
+    def wait():
+        inside.set()
+        assert go.wait(10)
+        ballast()
+
+    slow._files.ensure_ballast = wait
+    thread = threading.Thread(target=lambda: slow.open(make_lease()))
+    thread.start()
+    try:
+        assert inside.wait(10) and ledger.leases() == ()
+        threading.Timer(0.3, go.set).start()
+        assert ledger.settled()
+        assert [x.id for x in ledger.leases()] == ["a"]
+    finally:
+        go.set()
+        thread.join(10)
+
+
+def test_the_barrier_is_bounded_and_touches_nothing(ledger):
+    assert ledger.settled() and not ledger.directory.exists()
+    ledger.open(make_lease())
+    impatient = FileLedger(ledger.directory, SystemClock(), takeover_wait_s=0.1)
+    with ledger._files.mutex(1.0) as held:
+        assert held and not impatient.settled()
+    assert impatient.settled()
