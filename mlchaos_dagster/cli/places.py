@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from mlchaos_dagster import wiring
 from mlchaos_dagster.cli.app import App
+from mlchaos_dagster.engine.active import FAULT, ActiveRun, ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Driver, Lease, SystemClock
 from mlchaos_dagster.engine.processes import is_running
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
-
-_BEAT_S = 3.0
-"""A watchdog writes its beat five times a second; one that has not for so long is gone."""
 
 
 class Places:
@@ -27,25 +26,13 @@ class Places:
         self.app, self.clock = app, SystemClock()
         self.ledger = FileLedger(home.ledger, self.clock)
         self.stops = StopFiles(home)
+        self.active = ActiveRuns(home.active, self.clock)
         self.incidents = IncidentLog(home.incidents, self.clock)
         self.store = RecordStore(home.records)
 
     def driver(self, name: str, environment: str) -> Driver:
         """As the sweeper wants it; an unreadable lease has lost its environment, then it is the chosen one."""
         return wiring.driver(name, self.app.settings.home, environment or self.app.settings.environment)
-
-    def measuring(self) -> list[str]:
-        """Ids of runs that live and hold no lease: before their fault, or after it. Their watchdogs' beats tell."""
-        holding = {x.run_id for x in self.ledger.leases()}
-        found: set[str] = set()
-        for beat in (self.ledger.directory / "watchers").glob("*.beat"):
-            try:
-                fresh = self.clock.wall() - beat.stat().st_mtime < _BEAT_S
-            except OSError:  # its run has just ended
-                continue
-            if fresh:
-                found.add(beat.stem.rpartition("-")[0])
-        return sorted(found - holding)
 
     def evidence(self, lease: Lease) -> list[str]:
         """What was read back from the target when the lease was closed; empty when that could not be written."""
@@ -56,10 +43,11 @@ class Places:
             return []
 
 
-def matching(leases: Sequence[Lease], run: str) -> list[Lease]:
-    """Leases of a run id, of the start of one (four characters or more), or of an experiment."""
-    exact = [x for x in leases if run in (x.run_id, x.experiment)]
-    return exact or [x for x in leases if len(run) >= 4 and x.run_id.startswith(run)]
+def matching(word: str, runs: Sequence[ActiveRun], leases: Sequence[Lease]) -> set[str]:
+    """Ids of the runs that a word means: a run id, the start of one (four characters or more), or an experiment."""
+    known = [(x.run_id, x.experiment) for x in (*runs, *leases)]
+    exact = {run_id for run_id, experiment in known if word in (run_id, experiment)}
+    return exact or {run_id for run_id, _ in known if len(word) >= 4 and run_id.startswith(word)}
 
 
 def lease_json(lease: Lease, now: float) -> dict[str, Any]:
@@ -79,27 +67,33 @@ def lease_json(lease: Lease, now: float) -> dict[str, Any]:
     }
 
 
-def runs_of(leases: Sequence[dict[str, Any]], measuring: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Runs whose process lives, with what they hold; `measuring` are those that hold nothing (yet, or any more)."""
-    runs: dict[str, dict[str, Any]] = {}
+def runs_json(runs: Sequence[ActiveRun], leases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs whose process lives, with what they hold, oldest first."""
+    found = {
+        r.run_id: _run_row(r.run_id, r.experiment, r.environment, r.phase, r.owner.pid, r.started_wall) for r in runs
+    }
     for lease in leases:
         if lease["owner"]["alive"]:
-            run = runs.setdefault(
-                lease["run_id"],
-                {
-                    "run_id": lease["run_id"],
-                    "experiment": lease["experiment"],
-                    "environment": lease["environment"],
-                    "phase": "fault",
-                    "fault": lease["fault"],
-                    "pid": lease["owner"]["pid"],
-                    "leases": [],
-                    "targets": [],
-                },
-            )
+            who = (lease["run_id"], lease["experiment"], lease["environment"])
+            run = found.setdefault(lease["run_id"], _run_row(*who, FAULT, lease["owner"]["pid"], None))
+            run["phase"], run["fault"] = FAULT, lease["fault"]
             run["leases"].append(lease["id"])
             run["targets"] += lease["targets"]
-    for run_id in measuring:
-        nothing = {"experiment": None, "environment": None, "phase": "no fault active", "fault": None, "pid": None}
-        runs[run_id] = {"run_id": run_id, **nothing, "leases": [], "targets": []}
-    return list(runs.values())
+    return list(found.values())
+
+
+def _run_row(
+    run_id: str, experiment: str, environment: str, phase: str, pid: int, started: float | None
+) -> dict[str, Any]:
+    at = None if started is None else datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds")
+    return {
+        "run_id": run_id,
+        "experiment": experiment,
+        "environment": environment,
+        "phase": phase,
+        "pid": pid,
+        "started_at": at,
+        "fault": None,
+        "leases": [],
+        "targets": [],
+    }

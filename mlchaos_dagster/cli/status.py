@@ -31,16 +31,17 @@ def command(run: str | None) -> None:
 
 def _everything(app: App, places: Places) -> None:
     from mlchaos_dagster import wiring
-    from mlchaos_dagster.cli.places import lease_json, runs_of
+    from mlchaos_dagster.cli.places import lease_json, runs_json
 
     environment = app.environment
+    active = places.active.running()
     leases = [lease_json(x, places.clock.wall()) for x in places.ledger.leases()]
     unreadable = list(places.ledger.unreadable())
     health, why_health = _ask(lambda: wiring.health_reader(environment, app.settings)().score)
     read_budget = wiring.budget_reader(environment, app.settings)
     budget, why_budget = _ask(lambda: read_budget().remaining) if read_budget else (None, "none declared")
     lever = places.stops.lever()
-    runs = runs_of(leases, places.measuring())
+    runs = runs_json(active, leases)
     app.dump(
         {
             "environment": environment.name,
@@ -60,7 +61,7 @@ def _everything(app: App, places: Places) -> None:
     app.out(f"lever         {'released' if lever is None else f'PULLED, no run may start: {lever}'}")
     app.out(f"active runs   {len(runs) or 'none'}")
     for r in runs:
-        app.out(f"  {r['run_id']}  {r['experiment'] or ''}  {r['phase']}".replace("    ", "  "))
+        app.out(f"  {_run_line(r)}")
     app.out(f"open leases   {len(leases) or 'none: no fault of ours is there'}")
     if leases:
         app.out()
@@ -69,6 +70,11 @@ def _everything(app: App, places: Places) -> None:
             app.out("\na run is gone and its fault may be live; type: mlchaos recover")
     for path in unreadable:
         app.out(f"unreadable lease: {path}; type: mlchaos recover")
+
+
+def _run_line(run: dict[str, Any]) -> str:
+    since = f"  since {run['started_at'].replace('T', ' ').removesuffix('+00:00')} UTC" if run["started_at"] else ""
+    return f"{run['run_id']}  {run['experiment']}  {run['phase']}  pid {run['pid']}{since}"
 
 
 def _lease_table(leases: list[dict[str, Any]]) -> str:
@@ -95,21 +101,21 @@ def _ask(read: Callable[[], float]) -> tuple[float | None, str]:
 
 
 def _one(app: App, places: Places, run: str) -> None:
-    from mlchaos_dagster.cli.places import lease_json, matching, runs_of
+    from mlchaos_dagster.cli.places import lease_json, matching, runs_json
 
-    leases = [lease_json(x, places.clock.wall()) for x in matching(places.ledger.leases(), run)]
-    if leases:
-        active = runs_of(leases)
-        state = "running" if active else "gone, its fault may be live"
-        app.dump({"run_id": leases[0]["run_id"], "state": state, "open_leases": leases, "active_runs": active})
-        app.out(f"{leases[0]['experiment']}  run {leases[0]['run_id']}  {state}\n")
-        app.out(_lease_table(leases))
-        return
-    measuring = [m for m in places.measuring() if len(run) >= 4 and m.startswith(run)]
-    if len(measuring) == 1:
-        active = runs_of([], measuring)
-        app.dump({"run_id": measuring[0], "state": "running", "open_leases": [], "active_runs": active})
-        app.out(f"run {measuring[0]}  running, no fault is active")
+    active, open_leases = places.active.running(), places.ledger.leases()
+    ids = matching(run, active, open_leases)
+    if ids:
+        leases = [lease_json(x, places.clock.wall()) for x in open_leases if x.run_id in ids]
+        runs = runs_json([r for r in active if r.run_id in ids], leases)
+        state = "running" if runs else "gone, its fault may be live"
+        run_id = min(ids) if not runs else runs[0]["run_id"]
+        app.dump({"run_id": run_id, "state": state, "open_leases": leases, "active_runs": runs})
+        for r in runs:
+            app.out(f"running  {_run_line(r)}")
+        if not runs:
+            app.out(f"{leases[0]['experiment']}  run {run_id}  {state}")
+        app.out(f"\n{_lease_table(leases)}" if leases else "no fault is active")
         return
     record, verdict = places.store.load(places.store.find(run))
     outcome = verdict.outcome.value if verdict else "not judged"

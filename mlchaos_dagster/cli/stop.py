@@ -17,10 +17,13 @@ from mlchaos_dagster.errors import LeaseRefused, SpecError, StoreError
 
 if TYPE_CHECKING:
     from mlchaos_dagster.cli.places import Places
+    from mlchaos_dagster.engine.active import ActiveRun
     from mlchaos_dagster.engine.ports import Lease
 
 OBEY_S = 5.0
 """How long a live owner may take to stop by itself; its own recovery proves more than ours (it keeps measuring)."""
+_EVIDENCE_S = 0.5
+"""How long to wait for the evidence of a closed lease; on a full disk there is none."""
 _POLL_S = 0.02
 _UNCLEAN = 70
 
@@ -69,69 +72,97 @@ class Stopper:
 
     def everything(self) -> list[dict[str, Any]]:
         """Pull the lever first: it also keeps out what is about to start."""
-        self.places.stops.pull_lever(self.reason)
-        leases = self.places.ledger.leases()
-        self.places.incidents.write("emergency_stop", self.reason, leases=[x.id for x in leases])
-        return self._until_clean(leases, unreadable=bool(self.places.ledger.unreadable()))
+        places = self.places
+        places.stops.pull_lever(self.reason)
+        # A lease that is being written by who looked at the lever before is there after this, or never.
+        places.ledger.settled()
+        runs, leases = places.active.running(), places.ledger.leases()
+        places.incidents.write(
+            "emergency_stop", self.reason, runs=[r.run_id for r in runs], leases=[x.id for x in leases]
+        )
+        return self._until_safe(None, runs, leases, unreadable=bool(places.ledger.unreadable()))
 
     def one(self, run: str) -> list[dict[str, Any]]:
-        """Raises SpecError: no such run."""
+        """Every active run that the word means. Raises SpecError: no such run."""
         from mlchaos_dagster.cli.places import matching
 
-        leases = matching(self.places.ledger.leases(), run)
-        if not leases:
+        places = self.places
+        runs, leases = places.active.running(), places.ledger.leases()
+        ids = matching(run, runs, leases)
+        if not ids:
             self._not_running(run)
             return []
-        for run_id in {x.run_id for x in leases}:
-            self.places.stops.request(run_id, self.reason)
+        runs, leases = [r for r in runs if r.run_id in ids], [x for x in leases if x.run_id in ids]
+        for run_id in sorted(ids):
+            places.stops.request(run_id, self.reason)
         for lease in leases:
             with contextlib.suppress(LeaseRefused, StoreError):  # the file was the request; this is for other machines
-                self.places.ledger.request_stop(lease.id, self.reason)
-        self.places.incidents.write("stop", self.reason, run=run, leases=[x.id for x in leases])
-        return self._until_clean(leases)
+                places.ledger.request_stop(lease.id, self.reason)
+        places.incidents.write("stop", self.reason, run=run, runs=sorted(ids), leases=[x.id for x in leases])
+        results = self._until_safe(ids, runs, leases)
+        alive = {r.run_id for r in places.active.running()} | {x.run_id for x in places.ledger.leases()}
+        for run_id in ids - alive:
+            places.stops.forget(run_id)  # it left before it was asked, or was killed: nobody else would
+        return results
 
     def _not_running(self, run: str) -> None:
-        """No fault of it is active. A run that still measures its baseline is told, and awaited, all the same."""
-        measuring = self.places.measuring()
-        for run_id in (m for m in measuring if len(run) >= 4 and m.startswith(run)):
-            self.places.stops.request(run_id, self.reason)
-            self.places.incidents.write("stop", self.reason, run=run_id, leases=[])
-            while run_id in self.places.measuring() and self.seconds < OBEY_S:
-                time.sleep(_POLL_S)
-            ended = f"it ended after {self.seconds:.1f} s" if self.seconds < OBEY_S else "it ends at its next look"
-            self.finished = f"run {run_id} was told before a fault of it was active; {ended}"
-            return
         try:
             found = self.places.store.find(run)
         except SpecError:
             if run not in self.places.app.catalog.names("experiment"):
                 raise
-            self.finished = f"no fault of {run} is active"
-            if measuring:
-                # a run without a lease is known by its id only; the wrong one must not be stopped for it
-                self.finished += f"; stop a run that has not begun its fault by its id: {', '.join(measuring)}"
+            self.finished = f"no run of {run} is active"
             return
         self.finished = f"run {found} is over; no fault of it is active"
 
-    def _until_clean(self, leases: Sequence[Lease], unreadable: bool = False) -> list[dict[str, Any]]:
+    def _until_safe(
+        self, ids: set[str] | None, runs: Sequence[ActiveRun], leases: Sequence[Lease], unreadable: bool = False
+    ) -> list[dict[str, Any]]:
+        """Wait until no run of `ids` (None: any) holds a lease or may open one; take away what is not obeyed in time."""
         from mlchaos_dagster.engine.processes import is_running
 
-        waiting = {x.id: x for x in leases}
+        places = self.places
+        held = {x.id: x for x in leases}
+        told = {r.run_id: r for r in runs}
         results: list[dict[str, Any]] = []
-        while waiting and self.seconds < OBEY_S:
-            still = {x.id for x in self.places.ledger.leases()}
-            for lease_id in [i for i in waiting if i not in still]:
-                results.append(self._obeyed(waiting.pop(lease_id)))
-            if waiting and not any(is_running(x.owner) for x in waiting.values()):
+        while True:
+            # In this order: a run that has left has left its lease open, if it left one.
+            alive = {r.run_id: r for r in places.active.running()}
+            still = {x.id: x for x in places.ledger.leases() if ids is None or x.run_id in ids}
+            held.update(still)
+            for lease in held.values():
+                told.pop(lease.run_id, None)  # from here on its lease tells
+            for lease_id in held.keys() - still.keys():
+                results.append(self._obeyed(held.pop(lease_id)))
+            for run_id in [i for i in told if i not in alive or not alive[i].may_inject]:
+                results.append(self._harmless(told.pop(run_id), gone=run_id not in alive))
+            lost = not told and not any(is_running(x.owner) for x in held.values())
+            if lost or self.seconds >= OBEY_S:
                 break
             time.sleep(_POLL_S)
-        if waiting or unreadable:
-            results += self._take_away(None if unreadable else list(waiting))
-        return results
+        if held or unreadable:
+            results += self._take_away(None if unreadable else list(held))
+        return results + [self._deaf(alive[i]) for i in told]
+
+    def _harmless(self, run: ActiveRun, gone: bool) -> dict[str, Any]:
+        said = f"it was told in its {run.phase} phase and {'has ended' if gone else 'injects nothing more'}"
+        return _run_row(run, self.seconds, evidence=[f"no fault of it is active: {said}"])
+
+    def _deaf(self, run: ActiveRun) -> dict[str, Any]:
+        """It has not obeyed, and holds no lease that can be read. It is not killed: there is nothing to take from it."""
+        from mlchaos_dagster.engine.active import FAULT
+
+        unknown = run.phase == FAULT and bool(self.places.ledger.unreadable())
+        error = f"process {run.owner.pid} has not ended, phase {run.phase}; "
+        error += "a lease cannot be read" if unknown else "it holds no lease and reads this request before it injects"
+        return _run_row(run, self.seconds, error=error, clean=not unknown, command="mlchaos recover" if unknown else "")
 
     def _obeyed(self, lease: Lease) -> dict[str, Any]:
-        evidence = self.places.evidence(lease)
-        return _row(lease, "its own run", True, self.seconds, evidence, "")
+        seconds, evidence = self.seconds, self.places.evidence(lease)
+        while not evidence and self.seconds < seconds + _EVIDENCE_S:  # it is written after the lease is closed
+            time.sleep(_POLL_S)
+            evidence = self.places.evidence(lease)
+        return _row(lease, "its own run", True, seconds, evidence, "")
 
     def _take_away(self, only: list[str] | None) -> list[dict[str, Any]]:
         from mlchaos_dagster.engine.sweep import sweep
@@ -167,6 +198,31 @@ def _row(
     }
 
 
+def _run_row(
+    run: ActiveRun,
+    seconds: float,
+    *,
+    evidence: Sequence[str] = (),
+    error: str = "",
+    clean: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """A run that held no lease: nothing had to be taken away."""
+    return {
+        "run_id": run.run_id,
+        "experiment": run.experiment,
+        "lease": None,
+        "fault": None,
+        "targets": [],
+        "taken_away_by": "",
+        "clean": clean,
+        "seconds": round(seconds, 3),
+        "evidence": list(evidence),
+        "error": error,
+        "command": command,
+    }
+
+
 def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stopper) -> None:
     clean = all(r["clean"] for r in results)
     lever = places.stops.lever()
@@ -180,16 +236,25 @@ def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stop
         }
     )
     for r in results:
-        what = f"{r['experiment'] or 'lease ' + r['lease']}  {r['fault']} on {', '.join(r['targets']) or 'unknown targets'}"
-        if r["clean"]:
-            app.out(f"stopped  {what}: clean after {r['seconds']:.2f} s, taken away by {r['taken_away_by']}")
-        else:
-            app.out(f"UNCLEAN  {what}: the fault may be live ({r['error']})\n  type: {r['command']}")
-        for line in r["evidence"]:
-            app.out(f"  {line}")
+        for line in _lines(r):
+            app.out(line)
     if not results:
         app.out(stopper.finished or "nothing was running")
     if lever is not None:
         app.out("the lever is pulled: no run starts until `mlchaos stop --release`")
     if not clean:
         leave(_UNCLEAN)
+
+
+def _lines(r: dict[str, Any]) -> list[str]:
+    evidence = [f"  {line}" for line in r["evidence"]]
+    if r["lease"] is None:
+        what = f"{r['experiment']}  run {r['run_id']}"
+        if r["error"]:
+            word = "told   " if r["clean"] else "UNCLEAN"
+            return [f"{word}  {what}: {r['error']}", *([f"  type: {r['command']}"] if r["command"] else [])]
+        return [f"stopped  {what}: after {r['seconds']:.2f} s", *evidence]
+    what = f"{r['experiment'] or 'lease ' + r['lease']}  {r['fault']} on {', '.join(r['targets']) or 'unknown targets'}"
+    if r["clean"]:
+        return [f"stopped  {what}: clean after {r['seconds']:.2f} s, taken away by {r['taken_away_by']}", *evidence]
+    return [f"UNCLEAN  {what}: the fault may be live ({r['error']})", f"  type: {r['command']}", *evidence]

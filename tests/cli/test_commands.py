@@ -348,25 +348,3 @@ def test_what_cannot_be_cleaned_is_70_with_the_command(
     assert answer.code == 70
     assert "UNCLEAN" in answer.out and "type: mlchaos recover lease-1" in answer.out
     assert cli("recover", "lease-1").code == 70
-
-
-# ---- runs that hold no lease (before their fault) are known by their watchdog's beat
-
-
-def test_a_run_before_its_fault_is_seen_and_can_be_stopped(
-    cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlchaos_dagster.cli.stop.OBEY_S", 0.2)
-    run_id = "0f8fad5b-d9cb-469f-a165-70867728950e"
-    beat = home / "ledger" / "watchers" / f"{run_id}-1a2b3c4d.beat"
-    beat.parent.mkdir(parents=True)
-    beat.write_text("12\n")
-    (run,) = json.loads(cli("status", "-o", "json").out)["active_runs"]
-    assert (run["run_id"], run["leases"]) == (run_id, [])
-    assert "running" in cli("status", run_id[:8]).out
-    assert run_id in cli("stop", "serving-pod-failure").out
-    answer = json.loads(cli("stop", run_id[:8], "-o", "json").out)
-    assert answer["clean"] and run_id in answer["note"]
-    assert (home / "stop" / f"run-{run_id}").is_file()
-    os.utime(beat, (1, 1))
-    assert json.loads(cli("status", "-o", "json").out)["active_runs"] == []
