@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
@@ -26,17 +25,8 @@ if TYPE_CHECKING:
 
 DRIVERS = {"sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver"}
 """Backend name → class. A class is built with the directory or address that its backend needs."""
-SANDBOX_SIGNALS = (
-    "ready_replicas",
-    "running_replicas",
-    "restarts",
-    "breaker_state",
-    "in_rotation",
-    "fallback_total",
-    "retries_total",
-    "retry_rate",
-)
-"""Signals the embedded platform offers. `retry_rate`: retries a second, over the last second."""
+SANDBOX_SIGNALS = ("ready_replicas", "running_replicas", "restarts", "breaker_state", "in_rotation", "fallback_total")
+"""Signals the embedded platform offers."""
 _BREAKER = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
 _HEALTH_REQUESTS = 20
 
@@ -219,7 +209,7 @@ def signal_source(environment: Environment, home: Home) -> SignalSource:
     names = set(environment.signals)
     if environment.sandbox is not None:
         client = _client(environment, home)
-        readers += [(lambda: _platform(client), interval), (_gateway(client), interval)]
+        readers += [(lambda: _platform(client), interval), (lambda: _gateway(client), interval)]
     if environment.prometheus is not None:
         for name, sli in environment.slis.items():
             if sli.query is not None:
@@ -243,27 +233,18 @@ def _platform(client: SandboxClient) -> dict[str, float]:
         raise ProbeError(str(e)) from e
 
 
-def _gateway(client: SandboxClient) -> Callable[[], dict[str, float]]:
-    from mlchaos_dagster.probes.signals import Rate
+def _gateway(client: SandboxClient) -> dict[str, float]:
     from mlchaos_dagster.sandbox.config import SandboxError
 
-    retries = Rate()
-
-    def read() -> dict[str, float]:
-        try:
-            state = client.gateway_state()
-        except SandboxError as e:
-            raise ProbeError(str(e)) from e
-        values = {
-            "breaker_state": _BREAKER[state["breaker"]],
-            "in_rotation": float(state["in_rotation"] - len(state["ejected_replicas"])),
-            "fallback_total": float(state["fallback_total"]),
-            "retries_total": float(state["retries_total"]),
-        }
-        rate = retries.add(time.monotonic(), values["retries_total"])
-        return values if rate is None else {**values, "retry_rate": rate}
-
-    return read
+    try:
+        state = client.gateway_state()
+    except SandboxError as e:
+        raise ProbeError(str(e)) from e
+    return {
+        "breaker_state": _BREAKER[state["breaker"]],
+        "in_rotation": float(state["in_rotation"] - len(state["ejected_replicas"])),
+        "fallback_total": float(state["fallback_total"]),
+    }
 
 
 def _promql(environment: Environment, name: str, query: str) -> Callable[[], dict[str, float]]:
