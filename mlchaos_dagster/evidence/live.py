@@ -59,6 +59,7 @@ class LiveState:
 
     def _phase(self, data: dict[str, Any]) -> None:
         self.phase = str(data.get("name", ""))
+        self.run_id = str(data.get("run_id") or self.run_id)
         self.planned[self.phase] = float(data.get("seconds") or 0.0)
         self.elapsed.setdefault(self.phase, 0.0)
         if self.phase == "fault":
@@ -93,7 +94,8 @@ class LiveState:
 
     def lines(self, width: int) -> list[Line]:
         """The view, at most `width` columns wide."""
-        title: Line = [(self.experiment.name, "bold"), (f" · {self.environment.name} · run {self.run_id[:8]}", "")]
+        run = f" · run {self.run_id[:8]}" if self.run_id else ""
+        title: Line = [(self.experiment.name, "bold"), (f" · {self.environment.name}{run}", "")]
         used = sum(len(t) for t, _ in title)
         hypothesis = "SHADOW (nothing is injected)  " if self.shadow else ""
         hypothesis += self.experiment.hypothesis

@@ -68,6 +68,14 @@ def test_live_view_says_where_the_run_stands() -> None:
     assert "None" not in text
 
 
+def test_run_id_comes_with_the_guards() -> None:
+    state = LiveState(experiment(), environment(), "")
+    assert "run" not in "".join(t for t, _ in state.lines(200)[0][:2]).split(" · ")[-1]
+    state.update("phase", {"name": "guards", "seconds": 0.0, "run_id": "7f3a91c2-long"})
+    state.update("phase", {"name": "baseline", "seconds": 10.0})
+    assert "sandbox · run 7f3a91c2" in "".join(t for t, _ in state.lines(120)[0])
+
+
 def test_crossed_abort_limit_is_said_first() -> None:
     crossed = {"sli": "latency_p95", "limit": 0.3, "side": "above", "for": 2.0, "since": 12.0, "now": 0.5}
     tick = ("tick", {"phase": "fault", "elapsed": 8, "planned": 15, "slis": {}, "signals": {}, "abort": [crossed]})
