@@ -34,7 +34,6 @@ from benchmarks.observer import Observer
 from mlchaos_dagster.catalog import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAOS_RUN = "chaos --no-version-check --log-file /dev/null run --journal-path {journal} {experiment}"
 
 # ---- the peer
 
@@ -326,17 +325,26 @@ class Cost:
     rss_mib: float
 
 
-def cost(command: Sequence[str] | str, *, cwd: Path | None = None, env: dict[str, str] | None = None) -> Cost:
-    """Run a command to its end. Raises RuntimeError when it fails."""
-    words = shlex.split(command) if isinstance(command, str) else list(command)
-    begun = time.perf_counter()
-    process = subprocess.Popen(words, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - begun
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"exit {process.returncode}: {shlex.join(words)}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+_SMALL = """
+import json, os, sys, time
+words, nothing = sys.argv[1:], os.open(os.devnull, os.O_RDWR)
+begun = time.perf_counter()
+to_nothing = [(os.POSIX_SPAWN_DUP2, nothing, n) for n in (1, 2)]
+pid = os.posix_spawn(words[0], words, os.environ, file_actions=to_nothing)
+_, status, usage = os.wait4(pid, 0)
+wall = time.perf_counter() - begun
+print(json.dumps([os.waitstatus_to_exitcode(status), wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+"""
+"""The kernel counts what the parent had before `exec` as the child's peak: so the parent is a small one."""
+
+
+def cost(command: Sequence[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> Cost:
+    """Run a command (with its full path) to its end. Raises RuntimeError when it fails."""
+    small = [sys.executable, "-I", "-S", "-c", _SMALL, *command]
+    code, *took = json.loads(subprocess.run(small, cwd=cwd, env=env, capture_output=True, check=True).stdout)
+    if code:
+        raise RuntimeError(f"exit {code}: {shlex.join(command)}")
+    return Cost(*took)
 
 
 # ---- words and numbers

@@ -74,6 +74,8 @@ def main() -> int:
             peaks = Peaks(run.process.pid)
             with every(0.05, peaks.look):
                 run.wait()
+            if run.at("observation ended") is None:
+                raise RuntimeError("the run had no window:\n" + "\n".join(m.text for m in run.marks[-10:]))
             seen.append(peaks)
         for role in sorted({r for p in seen for r in p.rss}, key=lambda r: -seen[0].rss.get(r, 0.0)):
             values = [[getattr(p, of).get(role, 0.0) for p in seen] for of in ("rss", "pss")]
