@@ -404,5 +404,7 @@ def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
 
 
 def budget_words(remaining: float, limit: float) -> str:
-    """`84 % of the error budget is left (limit 10 %)`."""
+    """`84 % of the error budget is left (limit 10 %)`; an overspent one is not called minus something left."""
+    if remaining < 0:
+        return f"the error budget is overspent, {show_percent(1 - remaining, 0)} of it used (limit {show_percent(limit, 0)} left)"
     return f"{show_percent(remaining, 0)} of the error budget is left (limit {show_percent(limit, 0)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ from mlchaos_dagster.orchestration.ports import Platform
 
 EVERY_S = 5
 """Dagster's floor."""
+WAITING = frozenset({dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING})
+"""Has not asked a guard yet."""
 
 
 def gate_path(platform: Platform, environment: str) -> Path:
@@ -28,7 +31,7 @@ def gate_path(platform: Platform, environment: str) -> Path:
 
 def write_gate(path: Path, closed: bool, reason: str, at: datetime) -> None:
     """Close or open a gate. Raises StoreError."""
-    write_json(path, {"closed": closed, "reason": reason, "at": at.isoformat(timespec="seconds")})
+    write_json(path, {"closed": closed, "reason": reason, "at": at.isoformat(timespec="milliseconds")})
 
 
 def guard_budget(platform: Platform, instance: dg.DagsterInstance, environment: Environment) -> str:
@@ -57,8 +60,7 @@ def guard_budget(platform: Platform, instance: dg.DagsterInstance, environment: 
     if closed is None:
         write_gate(path, True, words, platform.now())
         platform.incident("refusal", f"gate closed: {words}", environment=environment.name)
-    runs = active_runs(instance, environment.name)
-    if runs:
+    if runs := _past_the_gate(platform, instance, environment.name, path):
         problems = stop_runs(platform, instance, runs, f"error budget: {words}")
         said = f"; {'; '.join(problems)}" if problems else ""
         platform.incident(
@@ -66,6 +68,34 @@ def guard_budget(platform: Platform, instance: dg.DagsterInstance, environment: 
         )
         return f"gate closed, {len(runs)} runs told to stop: {words}{said}"
     return f"gate closed: {words}"
+
+
+def _past_the_gate(
+    platform: Platform, instance: dg.DagsterInstance, environment: str, gate: Path
+) -> list[dg.DagsterRun]:
+    """Runs that may have passed the gate before it was closed.
+
+    What is still queued, or began later, is kept out by its own guard and ends REFUSED, which tells people more than
+    a run that vanished. A run that holds a lease passed somehow: it goes whatever the clocks say.
+    """
+    closed_at = _closed_at(gate)
+    holders = {lease.run_id.partition(".")[0] for lease in platform.leases()}
+    found: list[dg.DagsterRun] = []
+    for run in active_runs(instance, environment):
+        record = instance.get_run_record_by_id(run.run_id)
+        began = record.start_time if record is not None else None
+        waits = run.status in WAITING or (began is not None and closed_at is not None and began > closed_at)
+        if run.run_id in holders or not waits:
+            found.append(run)
+    return found
+
+
+def _closed_at(gate: Path) -> float | None:
+    """When it was closed; None when the file does not say, and then every run counts as older."""
+    try:
+        return datetime.fromisoformat(json.loads(gate.read_text())["at"]).timestamp()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def budget_sensor(environment: Environment) -> dg.SensorDefinition:

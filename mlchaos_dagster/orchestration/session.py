@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import AbortFacts, RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.orchestration import keys
+from mlchaos_dagster.orchestration.interrupts import Noted
 from mlchaos_dagster.orchestration.ports import LiveRun, Platform, Progress, Published
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,22 @@ class WindowEnd:
         if self._now() < self._not_after:
             return None
         return "stop", f"the suite's window closed at {self._not_after.isoformat(timespec='minutes')}"
+
+
+class LauncherGone:
+    """A stop source: Dagster's code server launched this run's process and is gone. Nobody could stop the run any more.
+
+    A run of the command line, or in a pod of its own, has no such parent and is left alone.
+    """
+
+    def __init__(self) -> None:
+        self._parent = multiprocessing.parent_process()
+
+    def requested(self) -> tuple[str, str] | None:
+        """As `StopSource`. One poll of a pipe: cheap enough for every look."""
+        if self._parent is None or self._parent.is_alive():
+            return None
+        return "dagster", "Dagster's code server is gone: the run could not be stopped any more"
 
 
 class Session:
@@ -208,6 +226,7 @@ class Sessions:
         self.platform, self.progress = platform, progress
         self._open: dict[str, Session] = {}
         self._pid = os.getpid()
+        self._noted = Noted(self._interrupted)
 
     def begin(
         self,
@@ -223,7 +242,7 @@ class Sessions:
         name = keys.graph_name(experiment.name, environment.name)
         record_id = run_id if alone else f"{run_id}.{experiment.name}"
         stop = StatusWatcher(instance, run_id)
-        stops: list[Any] = [stop]
+        stops: list[Any] = [stop, LauncherGone()]
         if not_after := tags.get(keys.TAG_NOT_AFTER):
             stops.append(WindowEnd(datetime.fromisoformat(not_after), self.platform.now))
         run = self.platform.build_run(
@@ -238,7 +257,12 @@ class Sessions:
         )
         stop.start()
         session = self._open[name] = Session(self.platform, record_id, run, stop)
+        self._noted.begin()
         return session
+
+    def _interrupted(self, signal_name: str) -> None:
+        for session in self._open.values():
+            session.cancel(f"{signal_name} received")
 
     def get(self, name: str) -> Session:
         """The session that `check_guards` began in this process.
@@ -257,8 +281,11 @@ class Sessions:
 
     def close(self) -> None:
         """Close all sessions; the last line of defence behind the ops' own paths."""
-        for session in self._open.values():
-            session.close()
+        try:
+            for session in self._open.values():
+                session.close()
+        finally:
+            self._noted.end()
 
 
 def started_by(tags: Mapping[str, str]) -> str:
