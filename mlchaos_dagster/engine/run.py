@@ -52,6 +52,21 @@ def quiet(kind: str, data: dict[str, Any]) -> None:
     """Progress that nobody watches."""
 
 
+def _harmless(progress: Callable[[str, dict[str, Any]], None]) -> Callable[[str, dict[str, Any]], None]:
+    """Progress that may break, once, without disturbing the run: it is told in the middle of a recovery, too."""
+    broken = False
+
+    def tell(kind: str, data: dict[str, Any]) -> None:
+        nonlocal broken
+        if not broken:
+            try:
+                progress(kind, data)
+            except Exception:  # noqa: BLE001  a display must never keep a fault alive
+                broken = True
+
+    return tell
+
+
 @dataclass
 class Kit:
     """Everything a run touches, behind ports; built by `wiring.py`, or simulated by tests."""
@@ -94,11 +109,11 @@ class Run:
         progress: Callable[[str, dict[str, Any]], None] = quiet,
     ) -> None:
         self.run_id, self.experiment, self.environment, self.kit = run_id, experiment, environment, kit
-        self.shadow, self.started_by, self.tell = shadow, started_by, progress
+        self.shadow, self.started_by, self.tell = shadow, started_by, _harmless(progress)
         self.seed = seed if seed is not None else int(hashlib.sha256(run_id.encode()).hexdigest()[:8], 16)
         self.zero_wall = kit.clock.wall()
         self.stops: list[StopSource] = list(kit.stops)
-        self.watch = Watch(environment, kit.clock, kit.requests, kit.signals, self.stops, progress)
+        self.watch = Watch(environment, kit.clock, kit.requests, kit.signals, self.stops, self.tell)
         self.window_s = environment.scaled(experiment.duration)
         self.guards: tuple[GuardResult, ...] = ()
         self.guards_s = 0.0

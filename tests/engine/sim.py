@@ -20,7 +20,7 @@ from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Budget, Health, Lease, Owner
-from mlchaos_dagster.engine.run import Kit, Run
+from mlchaos_dagster.engine.run import Kit, Run, quiet
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
@@ -256,6 +256,7 @@ def build(
     shadow: bool = False,
     budget: float | None = None,
     health: float = 1.0,
+    progress: Callable[[str, dict[str, Any]], None] = quiet,
 ) -> Run:
     """A run in this world, with a real file ledger and record store under `tmp_path`."""
     clock = world.clock
@@ -282,4 +283,5 @@ def build(
         Environment.model_validate({**ENVIRONMENT, **(environment or {})}),
         kit,
         shadow=shadow,
+        progress=progress,
     )

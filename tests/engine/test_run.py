@@ -193,6 +193,19 @@ def test_shadow_injects_nothing_and_is_no_pass(tmp_path: Path) -> None:
     assert verdict.outcome is Outcome.HELD and not verdict.fault_fired and "shadow" in verdict.reasons[0]
 
 
+@pytest.mark.req("RX-01")
+def test_a_display_that_breaks_disturbs_nothing(tmp_path: Path) -> None:
+    def broken(kind: str, data: dict[str, Any]) -> None:
+        if kind == "moment" and data["name"] == "recover_requested":
+            raise RuntimeError("the terminal is gone")
+
+    world = World()
+    run = build(tmp_path, world, progress=broken)
+    record = run_experiment(run)
+    assert not world.faults and not run.kit.ledger.leases()
+    assert judge(record, run.samples).outcome is Outcome.HELD
+
+
 def test_full_disk_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlchaos_dagster.errors import StoreError
 
