@@ -82,8 +82,7 @@ def test_the_sensor_aborts_refuses_and_opens_again(dev: Dev) -> None:
         return state["reason"] if state.get("closed") else ""
 
     budget = Budget(dev)
-    burner = dev.launch("budget-burner", "feature-store")
-    wait_for(dev.observer.fault_seen, 40)
+    burner = dev.launch_until_fault("budget-burner", "feature-store")
     wait_for(closed, 30)
     reason = closed()
     closed_at = time.time()
@@ -104,7 +103,7 @@ def test_the_sensor_aborts_refuses_and_opens_again(dev: Dev) -> None:
     assert "error budget" in record["abort"]["reason"] and record["clean"]["proven"], record["abort"]
     refused = dev.ended(from_dagster)
     assert refused["status"] == "SUCCESS" and dev.outcome(from_dagster) == "REFUSED", refused
-    assert "“gate open” refused" in dev.record(from_dagster)["verdict"]["reasons"][0]
+    assert "gate open: closed:" in dev.record(from_dagster)["verdict"]["reasons"][0]
     assert closed(), "the gate opened before the test had seen it refuse; a longer budget window is needed"
     assert dev.faults_added() == 1, "nothing was injected while the gate was closed"
 
@@ -117,8 +116,7 @@ def test_the_sensor_aborts_refuses_and_opens_again(dev: Dev) -> None:
     wait_for(lambda: not closed(), BUDGET_S + 20, 0.2)
     opened_at = time.time()
     assert budget.read().remaining >= budget.limit
-    again = dev.launch("serving-pod-failure", "prediction-service")
-    wait_for(dev.observer.fault_seen, 40)
+    again = dev.launch_until_fault("serving-pod-failure", "prediction-service")
     dev.terminate(again)
     dev.ended(again)
     assert not dev.observer.live_faults()
