@@ -174,7 +174,7 @@ def _wait_ready(home: Path, end: float) -> dict[str, Any]:
                 return seen
         elif time.monotonic() - born > 2.0 and not processes_of(home):
             raise SandboxError(f"the supervisor ended before the sandbox was ready:\n{_log_tail(home)}")
-        time.sleep(0.03)
+        time.sleep(0.1)  # each look asks every process, which would rather be starting
     waiting = [f"{p['name']}: {p['reason']}" for p in seen.get("processes", []) if not p["ready"]]
     raise SandboxError(f"the sandbox was not ready in time; waiting for {'; '.join(waiting) or 'its supervisor'}")
 

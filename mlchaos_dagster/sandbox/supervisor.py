@@ -34,7 +34,8 @@ from .truth import TruthLog
 _STORE_LINK = "gateway->feature-store"
 _POLL_S = 0.1
 _POLL_STEADY_S = 0.5
-_POLL_STARTING_S = 0.05
+_POLL_STARTING_S = 0.2
+"""A child reports its readiness itself, at once; asking more often only slows its start down."""
 _UNANSWERED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 
 
@@ -288,7 +289,7 @@ class Supervisor:
         }
         self._state.write(state)
 
-    # -- what it says of itself ---------------------------------------------------------------------------------------
+    # -- what it says of itself -------------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
         """Everything, asked of the processes themselves just now."""
