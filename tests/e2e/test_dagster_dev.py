@@ -86,13 +86,12 @@ class Dev:
 
     def launch_until_fault(self, experiment: str, target: str, tries: int = 4) -> str:
         """A run whose fault is on. On a busy machine the steady state may refuse once or twice: launched again."""
-        run_id = ""
-        for _ in range(tries):
-            run_id = self.launch(experiment, target)
-            wait_for(lambda: self.observer.fault_seen() or self.outcome_file(run_id), 60)
-            if self.observer.fault_seen():
-                return run_id
-        raise AssertionError(f"no fault in {tries} runs: {self.record(run_id)['verdict']['reasons']}")
+        run_id = self.launch(experiment, target)
+        wait_for(lambda: self.observer.fault_seen() or self.outcome_file(run_id), 60)
+        if self.observer.fault_seen():
+            return run_id
+        assert tries > 1, f"no fault: {self.record(run_id)['verdict']['reasons']}"
+        return self.launch_until_fault(experiment, target, tries - 1)
 
     def terminate(self, run_id: str, policy: str = "SAFE_TERMINATE") -> dict[str, Any]:
         """What Dagster says to it."""
