@@ -142,9 +142,8 @@ class Knocking:
         return min((at for at, status in self.predictions if status != 200 and at >= after), default=None)
 
     def answers_again(self, after: float) -> float | None:
-        """When the link had answered quickly for the first time after it had been slow."""
-        slow = [begun for begun, _, ok in self.links if not ok and begun >= after]
-        return min((done for _, done, ok in self.links if ok and slow and done > slow[0]), default=None)
+        """When the link had answered quickly for the first time after a moment at which it was slow."""
+        return min((done for begun, done, ok in self.links if ok and done > after), default=None)
 
 
 class Refused(Exception):
@@ -187,10 +186,10 @@ def trial(lab: Lab, trigger: str) -> Trial:
         run.wait(60)
     found.ended = run.ended
     found.first_bad = knocking.first_bad(begin)
-    found.answers = knocking.answers_again(begin)
     if run.results and run.results[0].get("abort"):
         record = json.loads(Path(run.results[0]["record_path"]).read_text())["record"]
         found.decided = record["zero_mono"] + record["abort"]["breach_at"]
+    found.answers = knocking.answers_again(found.pulled or found.decided or begin)
     if found.gone is None or lab.observer.live_faults() or (name.endswith("link") and lab.observer.bad_links()):
         found.left = 1
         subprocess.run(lab.command("recover"), capture_output=True, timeout=60, cwd=ROOT)
@@ -219,6 +218,8 @@ def _until(look: Callable[[], float | None], within_s: float) -> float | None:
 
 METHODS = {"hold": "one background hold", "steps": "1 s steps"}
 PEER_TRIGGERS = "probe,SIGTERM,SIGINT,SIGKILL"
+CASES = 2 * 4 * 2
+"""Methods, triggers and rollback strategies of one round of the peer."""
 
 
 def peer_round(peer, hold: int, jobs: int) -> list[dict]:  # noqa: ANN001
@@ -269,6 +270,12 @@ def show(trials: list[Trial], peer_trials: list[dict], hold: int) -> None:
         )  # fmt: skip
 
 
+def _keep(out: Path | None, rows: list[dict]) -> None:
+    if out:
+        with out.open("a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def main() -> int:
     """Run the trials in turns; exit 1 when one of ours left something behind."""
     options = parser(__doc__, 10)
@@ -276,20 +283,23 @@ def main() -> int:
     options.add_argument("--hold", type=int, default=10, help="seconds of the peer's fault")
     options.add_argument("--jobs", type=int, default=8, help="trials of the peer at once; they mostly sleep")
     options.add_argument("--triggers", default=",".join(TRIGGERS))
-    options.add_argument("--out", type=Path, help="every trial as a JSON line")
+    options.add_argument("--out", type=Path, help="every trial as a JSON line; those it already has count")
     args = options.parse_args()
-    peer, trials, peer_trials = peer_of(args), [], []
+    peer, trials, peer_trials = peer_of(args), list[Trial](), list[dict]()
+    if args.out and args.out.exists():
+        for value in map(json.loads, args.out.read_text().splitlines()):
+            peer_trials.append(value) if "method" in value else trials.append(Trial(**value))
     heading("Abort")
     bench = environment("bench", **FRAGILE)
     with Lab([bench], EXPERIMENTS) as lab:
         for turn in range(args.n):
             for trigger in args.triggers.split(","):
-                trials.append(patiently(lab, trigger))
-                if args.out:
-                    with args.out.open("a") as f:
-                        f.write(json.dumps(asdict(trials[-1])) + "\n")
-            if turn < args.peer_n and not peer.missing():
-                peer_trials += peer_round(peer, args.hold, args.jobs)
+                if sum(t.trigger == trigger for t in trials) <= turn:
+                    trials.append(patiently(lab, trigger))
+                    _keep(args.out, [asdict(trials[-1])])
+            if turn < args.peer_n and not peer.missing() and len(peer_trials) <= turn * CASES:
+                peer_trials += (found := peer_round(peer, args.hold, args.jobs))
+                _keep(args.out, found)
     show(trials, peer_trials, args.hold)
     if peer.missing():
         print(f"\n{peer.missing()}")

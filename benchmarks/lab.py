@@ -146,8 +146,14 @@ class Lab:
         ]  # fmt: skip
 
     def __enter__(self) -> Lab:
-        subprocess.run(self.command("sandbox", "up"), check=True, capture_output=True, cwd=ROOT)
-        self.settle()
+        try:
+            up = subprocess.run(self.command("sandbox", "up"), capture_output=True, text=True, cwd=ROOT)
+            if up.returncode:
+                raise RuntimeError(f"the sandbox did not start: {up.stderr.strip()}")
+            self.settle()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
