@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from mlchaos_dagster.domain.checks import check_experiment, check_suite
+from mlchaos_dagster.domain.checks import check_environment, check_experiment, check_suite
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.nodes import MAX_BYTES
 from mlchaos_dagster.domain.parsing import Parsed, nearest, one_line, parse_any, parse_model
@@ -31,12 +31,14 @@ def read_spec(path: Path) -> bytes:
         SpecError: it cannot be read.
     """
     try:
+        if not path.is_file():  # a pipe nobody writes to would be waited for without end
+            path.stat()
+            what = "a directory" if path.is_dir() else "no regular file"
+            raise SpecError(f"{what}. Allowed: YAML or JSON files", str(path))
         with path.open("rb") as f:
             return f.read(MAX_BYTES + 1)
-    except IsADirectoryError as e:
-        raise SpecError("a directory. Allowed: YAML or JSON files", str(path)) from e
-    except OSError as e:
-        raise SpecError(f"cannot be read: {e.strerror or e}", str(path)) from e
+    except (OSError, ValueError) as e:
+        raise SpecError(f"cannot be read: {getattr(e, 'strerror', '') or e}", str(path)) from e
 
 
 def show_source(path: Path) -> str:
@@ -55,8 +57,14 @@ def parse_file(path: Path) -> Parsed[Any]:
 class _Shelf(Generic[M]):
     """The files of one kind, by name; read when the first name is asked for."""
 
-    def __init__(self, kind: str, model: type[M], roots: Sequence[Path]) -> None:
-        self.kind, self.model = kind, model
+    def __init__(
+        self,
+        kind: str,
+        model: type[M],
+        roots: Sequence[Path],
+        check: Callable[[M, Parsed[M]], list[Problem]] | None = None,
+    ) -> None:
+        self.kind, self.model, self.check = kind, model, check
         self.folders = [root / f"{kind}s" for root in roots]
         self.broken: dict[str, SpecError] = {}
         """File stem → what is wrong: the other files stay usable."""
@@ -81,7 +89,9 @@ class _Shelf(Generic[M]):
                     self.broken[path.stem] = e
                     continue
                 name = str(getattr(parsed.value, "name", path.stem))
-                if name in found:
+                if self.check and (problems := self.check(parsed.value, parsed)):
+                    self.broken[name] = SpecError(problems)
+                elif name in found:
                     problem = duplicate(self.kind, name, self.paths[name], parsed)
                     self.broken[name] = SpecError([*self.broken.get(name, SpecError([])).problems, problem])
                 else:
@@ -136,7 +146,7 @@ class Catalog:
                     "no such directory. Allowed: a folder with experiments/, environments/, suites/", str(root)
                 )
         self._experiments = _Shelf("experiment", Experiment, self.roots)
-        self._environments = _Shelf("environment", Environment, self.roots)
+        self._environments = _Shelf("environment", Environment, self.roots, check_environment)
         self._suites = _Shelf("suite", Suite, self.roots)
 
     def files(self) -> list[Path]:
@@ -228,6 +238,7 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
     names = {name for kind, name in named if kind == "experiment"}
     finders: dict[type, Callable[[Parsed[Any]], list[Problem]]] = {
         Experiment: lambda p: check_experiment(p.value, environment, p) if environment else [],
+        Environment: lambda p: check_environment(p.value, p),
         Suite: lambda p: check_suite(p.value, names | set(catalog.names("experiment")), p),
     }
     for one in parsed:

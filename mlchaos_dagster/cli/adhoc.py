@@ -17,7 +17,7 @@ from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.faults import ALIASES, FAULTS
 from mlchaos_dagster.domain.nodes import Document, Node, resolve_plain
 from mlchaos_dagster.domain.parsing import one_line, unknown, validate
-from mlchaos_dagster.domain.spec import NAME_PATTERN, Experiment, Model
+from mlchaos_dagster.domain.spec import MAX_DURATION_S, NAME_PATTERN, Experiment, Model
 from mlchaos_dagster.domain.units import Duration, parse_positive_duration
 from mlchaos_dagster.errors import Problem, SpecError
 
@@ -90,6 +90,8 @@ def build(words: AdHoc, environment: Environment) -> Experiment:
     duration = 0.0
     try:
         duration = float(words.duration) if not isinstance(words.duration, str) else seconds(words.duration)
+        if duration > MAX_DURATION_S:
+            raise ValueError(f"{words.duration} is more than a week. Allowed: at most 7d")
     except ValueError as e:
         problems.append(Problem("--duration", one_line(str(e))))
     if problems:

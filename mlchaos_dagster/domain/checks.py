@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
+from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
 from mlchaos_dagster.domain.spec import Experiment, Quantity, Suite
 from mlchaos_dagster.domain.units import show_percent
 from mlchaos_dagster.errors import Problem
@@ -32,6 +33,18 @@ def check_experiment(
     found.blast_radius()
     found.limits()
     return sort_problems(found.problems)
+
+
+def check_environment(environment: Environment, parsed: Parsed[Environment] | None = None) -> list[Problem]:
+    """Secrets that are written where only a reference to them belongs."""
+    problems: list[Problem] = []
+    for name, value in environment.probe.headers.items():
+        if SECRET_KEY.search(name) and not REFERENCE.match(value):
+            path: Path = ("probe", "headers", name)
+            where = parsed.where(path) if parsed else environment.name
+            what = "a secret is not written here. Allowed: env:NAME or file:PATH."
+            problems.append(Problem(where, one_line(f"{show_path(path)}: {what}")))
+    return problems
 
 
 def check_suite(suite: Suite, experiments: Iterable[str], parsed: Parsed[Suite] | None = None) -> list[Problem]:
@@ -71,6 +84,22 @@ class _Found:
                 ("fault", "kind"),
                 f"no backend of environment {self.environment.name} serves {kind}. Allowed: {', '.join(served)}.",
             )
+        elif self.environment.sandbox is not None and self.experiment.target in self.environment.targets:
+            self._fits(kind)
+
+    def _fits(self, kind: str) -> None:
+        """In the sandbox a network fault needs links, and a pod fault processes."""
+        name, targets = self.experiment.target, self.environment.targets
+        network = kind.startswith("network_")
+        if network == targets[name].is_link:
+            return
+        needed, is_there = ("links", "processes") if network else ("processes", "links")
+        fitting = [n for n, t in targets.items() if t.is_link == network]
+        self.add(
+            ("fault", "kind"),
+            f"{kind} is for {needed}, and {name} selects {is_there} ({targets[name].select}) in environment "
+            f"{self.environment.name}. Allowed with {kind}: target {', '.join(fitting) or '(there is none)'}.",
+        )
 
     def blast_radius(self) -> None:
         radius, limit = self.experiment.blast_radius, self.environment.limits.max_fraction
@@ -95,14 +124,21 @@ class _Found:
         replicas = [f"inference-{i}" for i in range(1, sandbox.replicas + 1)]
         names = ["gateway", "feature-store", *replicas, "gateway->feature-store"]
         names += [f"gateway->{replica}" for replica in replicas]
-        links = "->" in target.select
-        return sum(("->" in name) == links and fnmatchcase(name, target.select) for name in names) or None
+        return sum(("->" in name) == target.is_link and fnmatchcase(name, target.select) for name in names) or None
 
     def limits(self) -> None:
         for i, slo in enumerate(self.experiment.steady_state):
             self._limit(("steady_state", i), slo.sli, slo.side, slo.limit)
         for i, condition in enumerate(self.experiment.abort):
-            self._limit(("abort", i), condition.sli, "above" if condition.above else "below", condition.limit)
+            side = "above" if condition.above is not None else "below"
+            self._limit(("abort", i), condition.sli, side, condition.limit)
+            sli = self.environment.slis.get(condition.sli)
+            if sli is not None and sli.good_side == side:
+                self.add(
+                    ("abort", i, side),
+                    f"{condition.sli} {side} a limit is what is wished for: it would abort every healthy run. "
+                    f"Allowed: {'below' if side == 'above' else 'above'}.",
+                )
         for i, expected in enumerate(self.experiment.expect):
             if expected.sli is not None:
                 self._sli(("expect", i, "sli"), expected.sli)

@@ -17,6 +17,8 @@ RequestMeasure = Literal[
     "availability", "error_rate", "latency_p50", "latency_p95", "latency_p99", "latency_mean", "fallback_rate"
 ]
 """SLIs that the built-in probe measures on its own requests."""
+MIN_WINDOW_REQUESTS = 5
+"""Fewer requests in the sliding window say nothing: no abort limit is judged on them."""
 RATIO_MEASURES = ("availability", "error_rate", "fallback_rate")
 
 
@@ -26,6 +28,11 @@ class Target(Model):
     select: Annotated[str, Field(min_length=1)]
     """Sandbox: a glob over process names (`inference-*`) or links (`gateway->feature-store`)."""
     describe: str = ""
+
+    @property
+    def is_link(self) -> bool:
+        """True when it selects links between processes (`a->b`), not processes."""
+        return "->" in self.select
 
 
 class RequestProbe(Model):
@@ -41,6 +48,7 @@ class RequestProbe(Model):
     bodies: tuple[dict[str, Any], ...] = ()
     """JSON bodies, sent in turn; empty: none."""
     headers: dict[str, str] = {}
+    """A value `env:NAME` or `file:PATH` is read when the probe starts; records hold the reference only."""
 
 
 class Sli(Model):
@@ -60,6 +68,13 @@ class Sli(Model):
         if len(given) != 1:
             raise ValueError(f"needs exactly one of measure, signal, query; it has {', '.join(given) or 'none'}")
         return self
+
+    @property
+    def good_side(self) -> Literal["above", "below", ""]:
+        """Where a healthy service is, seen from any sensible limit; empty where only its author knows."""
+        if self.measure is None:
+            return ""
+        return "above" if self.measure == "availability" else "below"
 
     @property
     def shown_unit(self) -> str:
@@ -206,6 +221,22 @@ class Environment(Model):
         for i, condition in enumerate(self.limits.abort):
             if condition.sli not in self.slis:
                 raise ValueError(f"limits.abort[{i}].sli: no such SLI {condition.sli}")
+            side = "above" if condition.above is not None else "below"
+            if self.slis[condition.sli].good_side == side:
+                raise ValueError(
+                    f"limits.abort[{i}].{side}: {condition.sli} {side} a limit is what is wished for: it would abort "
+                    f"every healthy run. Allowed: {'below' if side == 'above' else 'above'}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_requests(self) -> Environment:
+        seen = self.probe.rate * self.sampling.window
+        if seen < MIN_WINDOW_REQUESTS:
+            raise ValueError(
+                f"sampling.window: probe.rate × sampling.window is {seen:g} requests, and no abort limit is judged on "
+                f"fewer than {MIN_WINDOW_REQUESTS}. Allowed: rate × window of at least {MIN_WINDOW_REQUESTS} requests"
+            )
         return self
 
     def backend_for(self, kind: str) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from mlchaos_dagster.domain.faults import Fault
 from mlchaos_dagster.domain.units import Duration, Fraction, parse_quantity, unit_of
@@ -219,6 +219,15 @@ class Teeth(Model):
     """What the reason must then name: an SLI, an expected signal, or `recovery`."""
 
 
+MAX_DURATION_S = 7 * 86400.0
+
+
+def _bounded(seconds: float) -> float:
+    if seconds > MAX_DURATION_S:
+        raise ValueError(f"{seconds / 86400:g}d is more than a week. Allowed: at most 7d")
+    return seconds
+
+
 class Experiment(Model):
     """One experiment: a hypothesis about a target under a fault."""
 
@@ -234,7 +243,7 @@ class Experiment(Model):
     """Logical; each environment maps it."""
     fault: Fault
     blast_radius: BlastRadius
-    duration: Duration
+    duration: Annotated[Duration, AfterValidator(_bounded)]
     """Length of the fault window before the environment's `duration_scale`."""
     steady_state: Annotated[tuple[Objective, ...], Field(min_length=1)]
     """Holds before (else no chaos), judged during, regained after."""

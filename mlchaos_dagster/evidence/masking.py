@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
+
 MASK = "•••"
 
-_SECRET_KEY = re.compile(r"authorization|token|passw|secret|api[-_]?key|apikey|credential|cookie", re.IGNORECASE)
-_REFERENCE = re.compile(r"^(env|file):")
 _IN_TEXT = (
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"), rf"\1 {MASK}"),
     (re.compile(r"(://)[^/\s:@]+:[^/\s@]+@"), rf"\1{MASK}@"),
@@ -33,7 +33,7 @@ def mask_value(value: Any, key: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         return [mask_value(v, key) for v in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, str):
-        if _SECRET_KEY.search(key) and value and not _REFERENCE.match(value):
+        if SECRET_KEY.search(key) and value and not REFERENCE.match(value):
             return MASK
         return mask_text(value)
     return value
@@ -60,7 +60,7 @@ def _secrets(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for v in value:  # pyright: ignore[reportUnknownVariableType]
             yield from _secrets(v, key)
-    elif isinstance(value, str) and _SECRET_KEY.search(key) and len(value) >= 4 and not _REFERENCE.match(value):
+    elif isinstance(value, str) and SECRET_KEY.search(key) and len(value) >= 4 and not REFERENCE.match(value):
         yield value
         # `Authorization: Bearer abc`: the part after the scheme turns up alone in error messages.
         if len(parts := value.split()) > 1 and len(parts[-1]) >= 4:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "150%": (OK.replace("30%", "150%"), '"150%" is more than 100%. Allowed: 0% to 100%.'),
     "negative duration": (OK.replace("10m\n", "-10m\n"), 'duration: "-10m" is not a duration.'),
     "zero duration": (OK.replace("10m\n", "0s\n"), 'duration: "0s" is not more than zero.'),
+    "endless duration": (OK.replace("10m\n", "90000d\n"), "duration: 90000d is more than a week. Allowed: at most 7d."),
+    "network fault on processes": (OK.replace("kind: pod_failure", "kind: network_partition"), "is for links, and"),
+    "abort when healthy": (OK.replace("sli: error_rate, above", "sli: error_rate, below"), "abort every healthy run."),
     "radius 0 %": (OK.replace("30%", "0%"), 'blast_radius.fraction: "0%" is not more than 0%.'),
     "radius above what exists": (OK.replace("fraction: 30%", "count: 9"), "count: 9 is more than exists"),
     "loose abort": (OK.replace("sli: error_rate, above: 5%", "sli: availability, below: 5%"), "looser than the steady"),
@@ -65,6 +69,9 @@ ARGUMENTS: list[tuple[list[str], list[str]]] = [
     (["run", "--type", "pod_kill", "--target", "model-link", "--duration", "5 m s"], ['--duration: "5 m s" is not a duration.']),
     (["run", "--type", "pod_kill", "--target", "model-link", "--duration", "0"], ['--duration: "0" is not more than zero.']),
     (["run", "--type", "pod_kill", "--target", "model-link", "--duration", "-3"], ['--duration: "-3" is not more than zero.']),
+    (["run", "--type", "pod_kill", "--target", "orchestrator", "--duration", "90000d"], ['--duration: 90000d is more than a week.']),
+    (["run", "--type", "network_latency", "--target", "prediction-service"], ["adhoc-network-latency-prediction-service: fault.kind: network_latency is for links, and prediction-service selects processes"]),
+    (["run", "--type", "pod_kill", "--target", "model-link"], ["adhoc-pod-delete-model-link: fault.kind: pod_delete is for processes, and model-link selects links"]),
     (["run", "--type", "pod_kill", "--target", "model-link", "--name", "A_b"], ['--name: "A_b" is not a name.']),
     (["run", "--type", "pod_kill", "--target", "model-link", "--param", "sigal=term"], ['--param: sigal: no such field. Did you mean "signal"?']),
     (["run", "--type", "pod_kill", "--target", "model-link", "--param", "x"], ['--param: "x" is not NAME=VALUE.']),
@@ -131,6 +138,52 @@ def test_an_experiment_that_the_environment_has_no_backend_for(cli: Cli, tmp_pat
     assert "serving-pod-failure.yaml:" in line
     assert "no backend of environment poor serves pod_failure. Allowed: network_latency, " in line
     assert fingerprint(home) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "  rate: 50",
+            "  rate: 4",
+            "probe.rate × sampling.window is 4 requests, and no abort limit is judged on fewer",
+        ),
+        ("error_rate, above: 50%", "error_rate, below: 50%", "error_rate below a limit is what is wished for"),
+        (
+            "  rate: 50",
+            "  headers: {Authorization: Bearer hunter2hunter2}\n  rate: 50",
+            "other.yaml:18:28  probe.headers.Authorization: a secret is not written here. Allowed: env:NAME or file:PATH.",
+        ),
+    ],
+)
+def test_an_environment_that_could_not_protect(old: str, new: str, expected: str, cli: Cli, tmp_path: Path) -> None:
+    from mlchaos_dagster.catalog import SHIPPED
+
+    text = (SHIPPED / "environments" / "sandbox.yaml").read_text().replace("name: sandbox\n", "name: other\n")
+    path = tmp_path / "lib" / "environments" / "other.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace(old, new, 1))
+    answer = cli("run", "serving-pod-failure", "--library", tmp_path / "lib", "-e", "other")
+    assert answer.code == 2
+    (line,) = answer.err.splitlines()
+    assert expected in line and "other.yaml:" in line and "hunter2" not in line
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("how", ["library", "check", "config"])
+def test_a_pipe_is_not_waited_for(how: str, cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "experiments"
+    folder.mkdir(parents=True)
+    pipe = folder / "pipe.yaml"
+    os.mkfifo(pipe)
+    words = {
+        "library": ["check", "--library", tmp_path / "lib"],
+        "check": ["check", pipe],
+        "config": ["run", "--config", pipe],
+    }
+    answer = cli(*words[how])
+    assert answer.code == 2
+    assert "pipe.yaml" in answer.lines[0] and "no regular file. Allowed: YAML or JSON files" in answer.lines[0]
 
 
 def test_duplicate_names(cli: Cli, tmp_path: Path) -> None:

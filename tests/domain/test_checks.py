@@ -34,6 +34,11 @@ WRONG = [
     ("signal: ready_replicas", "signal: ready", 'f.yaml:15:14  expect[0].signal: no such signal "ready". '),
     ("at_least: 99%", "at_least: 99", "f.yaml:12:35  steady_state[0].at_least: availability is a ratio, not 99 without a unit. Allowed: a percentage, such as 99%."),
     ("below: 300ms", "below: 5%", "f.yaml:13:31  steady_state[1].below: latency_p95 is a time, not a percentage. Allowed: a duration, such as 300ms."),
+    ("kind: pod_failure", "kind: network_partition", "f.yaml:8:15  fault.kind: network_partition is for links, and prediction-service selects processes (inference-*) in environment sandbox. Allowed with network_partition: target feature-store, model-link."),
+    ("target: prediction-service", "target: feature-store", "f.yaml:8:15  fault.kind: pod_failure is for processes, and feature-store selects links (gateway->feature-store) in environment sandbox. Allowed with pod_failure: target prediction-service, orchestrator."),
+    ("sli: error_rate, above: 5%", "sli: error_rate, below: 5%", "f.yaml:17:34  abort[0].below: error_rate below a limit is what is wished for: it would abort every healthy run. Allowed: above."),
+    ("sli: error_rate, above: 5%", "sli: availability, above: 0%", "f.yaml:17:36  abort[0].above: availability above a limit is what is wished for: it would abort every healthy run. Allowed: below."),
+    ("sli: error_rate, above: 5%", "sli: fallback_rate, below: 5%", "f.yaml:17:37  abort[0].below: fallback_rate below a limit"),
     ("fraction: 30%", "count: 4", "f.yaml:9:23  blast_radius.count: 4 is more than exists in environment sandbox. Allowed: 1 to 3."),
 ]  # fmt: skip
 
