@@ -21,6 +21,7 @@ from mlchaos_dagster.drivers.sandbox import SandboxDriver
 from mlchaos_dagster.engine.ports import Lease, Owner
 from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox import api
+from tests.sandbox.conftest import eventually, shared_sandbox
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -34,28 +35,17 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    directory = tmp_path_factory.mktemp("driver")
-    try:
-        api.up(directory, api.SandboxConfig(replicas=1, backoff_max_s=0.3))
-        yield directory
-    finally:
-        evidence = api.down(directory)
-    assert evidence["clean"]
+    """The sandbox that the sandbox's own tests use; their fixture is not in sight from here."""
+    with shared_sandbox(tmp_path_factory) as platform:
+        yield platform.directory
 
 
 @pytest.fixture
 def driver(home: Path) -> SandboxDriver:
-    _eventually(lambda: (api.status(home) or {}).get("ready"), 20)
+    eventually(lambda: (api.status(home) or {}).get("ready"), 20, every_s=0.1)
     return SandboxDriver(home)
-
-
-def _eventually(condition: Any, bound_s: float = 5.0) -> None:
-    end = time.monotonic() + bound_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {bound_s} s"
-        time.sleep(0.02)
 
 
 def _lease(driver: SandboxDriver, kind: str) -> Lease:
@@ -86,7 +76,7 @@ def test_inject_is_seen_and_recover_twice_is_clean(driver: SandboxDriver, kind: 
     assert not before.present and not before.effective
     driver.inject(lease)
     try:
-        _eventually(lambda: driver.active(lease).effective)
+        eventually(lambda: driver.active(lease).effective)
         seen = driver.active(lease)
         assert seen.present and seen.lines
         if kind.startswith("pod"):
@@ -127,14 +117,16 @@ def test_recover_from_another_process(driver: SandboxDriver) -> None:
 
 
 def test_resolves_globs_to_sorted_names(driver: SandboxDriver) -> None:
-    assert driver.resolve(Target(select="inference-*")) == ("inference-1",)
-    assert driver.resolve(Target(select="gateway->*")) == (STORE, "gateway->inference-1")
+    assert driver.resolve(Target(select="inference-*")) == ("inference-1", "inference-2")
+    assert driver.resolve(Target(select="gateway->*")) == (STORE, "gateway->inference-1", "gateway->inference-2")
     assert driver.resolve(Target(select="*")) == (
         "feature-store",
         "gateway",
         STORE,
         "gateway->inference-1",
+        "gateway->inference-2",
         "inference-1",
+        "inference-2",
     )
     assert driver.resolve(Target(select="nothing-*")) == ()
 

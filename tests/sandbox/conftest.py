@@ -1,6 +1,6 @@
 """Sandbox tests use real processes and look at them from outside: sockets, pids and the clock, not the sandbox's word.
 
-One sandbox is shared by the session; tests leave it without faults. Tests that break or configure a whole sandbox start
+One sandbox is shared by the session (with the tests of the driver, too); tests leave it without faults. Tests that break or configure a whole sandbox start
 their own, with one replica where that is enough. Nothing is mocked.
 """
 
@@ -11,12 +11,13 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from mlchaos_dagster.sandbox.api import SandboxClient, down, up
+from mlchaos_dagster.sandbox.api import SandboxClient, SandboxConfig, down, up
 
 leases = (f"lease-{number}" for number in itertools.count(1))
 
@@ -63,14 +64,15 @@ class Platform:
 
     def wait_ready(self, bound_s: float = 20.0) -> None:
         """Wait until every process is ready."""
-        eventually(lambda: self.client.status()["ready"], bound_s)
+        # Each look asks every process: more often, and it is us that they wait for.
+        eventually(lambda: self.client.status()["ready"], bound_s, every_s=0.1)
 
     def truth(self) -> list[dict[str, Any]]:
         """The truth log."""
         return [json.loads(line) for line in (self.directory / "truth.jsonl").read_text().splitlines()]
 
 
-def eventually(condition: Callable[[], Any], bound_s: float = 5.0) -> Any:
+def eventually(condition: Callable[[], Any], bound_s: float = 5.0, every_s: float = 0.02) -> Any:
     """Poll until the condition holds; return its value, fail after ``bound_s`` seconds."""
     end = time.monotonic() + bound_s
     while True:
@@ -78,15 +80,13 @@ def eventually(condition: Callable[[], Any], bound_s: float = 5.0) -> Any:
             return value
         if time.monotonic() > end:
             raise AssertionError(f"not within {bound_s} s: {condition}")
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """One sandbox with all mechanisms on and two replicas."""
-    from mlchaos_dagster.sandbox.api import SandboxConfig
-
-    directory = tmp_path_factory.mktemp("sandbox")
+@contextmanager
+def shared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The one sandbox of this test process, with all mechanisms on and two replicas; up for whoever asks first."""
+    directory = tmp_path_factory.getbasetemp() / "shared-sandbox"
     try:
         # Repeated kills of one replica must not make the later tests wait for its back-off.
         up(directory, SandboxConfig(replicas=2, backoff_max_s=0.3, breaker_open_s=0.5))
@@ -94,6 +94,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     finally:
         evidence = down(directory)
     assert evidence["clean"], evidence
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The sandbox that tests share."""
+    with shared_sandbox(tmp_path_factory) as platform:
+        yield platform
 
 
 @pytest.fixture

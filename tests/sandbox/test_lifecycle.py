@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -63,47 +62,37 @@ def test_two_ups_at_once_make_one_sandbox_and_down_leaves_nothing(tmp_path: Path
     assert api.down(tmp_path) == {"clean": True, "was_up": False, "processes": []}
 
 
-def test_side_by_side_and_a_killed_supervisor_takes_its_children(tmp_path: Path) -> None:
-    homes = [tmp_path / "a", tmp_path / "b"]
+def test_side_by_side_and_a_killed_supervisor_takes_its_children(tmp_path: Path, platform: Platform) -> None:
     try:
-        with ThreadPoolExecutor() as pool:
-            first, second = pool.map(lambda home: api.up(home, ONE), homes)
-        assert first["gateway_url"] != second["gateway_url"]
+        first = api.up(tmp_path, ONE)
+        assert first["gateway_url"] != platform.client.status()["gateway_url"]
         lease = {"lease_id": "x", "token": 1, "deadline_s": 30.0}
-        SandboxClient(homes[0]).add_fault(kind="pod_failure", target="inference-1", **lease)
-        assert SandboxClient(homes[1]).faults() == []
-        assert Platform(homes[1]).ask().status == 200
+        SandboxClient(tmp_path).add_fault(kind="pod_failure", target="inference-1", **lease)
+        assert platform.client.faults() == []
+        assert platform.ask().status == 200
 
-        stopped = Platform(homes[0]).process("gateway")["pid"]
+        stopped = Platform(tmp_path).process("gateway")["pid"]
         os.kill(stopped, signal.SIGSTOP)  # one that cannot hear its pipe close (the kernel's death signal reaches it)
         os.kill(first["supervisor"]["pid"], signal.SIGKILL)
         if not sys.platform.startswith("linux"):
             os.kill(stopped, signal.SIGCONT)
-        eventually(lambda: _members(homes[0]) == [], 2)
-        assert api.status(homes[0]) is None
-        assert Platform(homes[1]).ask().status == 200
+        eventually(lambda: _members(tmp_path) == [], 2)
+        assert api.status(tmp_path) is None
+        assert platform.ask().status == 200
 
-        again = api.up(homes[0], ONE)  # over the remains of the killed one
+        again = api.up(tmp_path, ONE)  # over the remains of the killed one
         assert again["ready"] and again["faults"] == []
         with pytest.raises(SandboxRefused):  # what was removed stays removed across lives
-            SandboxClient(homes[0]).remove_fault("gone")
-            SandboxClient(homes[0]).add_fault(
+            SandboxClient(tmp_path).remove_fault("gone")
+            SandboxClient(tmp_path).add_fault(
                 lease_id="gone", token=1, deadline_s=9, kind="pod_failure", target="gateway"
             )
-    finally:
-        evidence = [api.down(home) for home in homes]
-    assert all(entry["clean"] for entry in evidence)
-    assert _members(homes[0]) == _members(homes[1]) == []
-
-
-def test_down_kills_what_does_not_listen(tmp_path: Path) -> None:
-    try:
-        supervisor = api.up(tmp_path, ONE)["supervisor"]["pid"]
-        os.kill(supervisor, signal.SIGSTOP)
+        os.kill(again["supervisor"]["pid"], signal.SIGSTOP)  # one that is asked to go and does not listen
     finally:
         evidence = api.down(tmp_path, timeout_s=6)
-    assert evidence["clean"]
+    assert evidence["clean"] and evidence["was_up"]
     assert _members(tmp_path) == []
+    assert platform.ask().status == 200
 
 
 def test_without_any_mechanism_every_fault_hurts(tmp_path: Path) -> None:
