@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
@@ -25,8 +27,17 @@ if TYPE_CHECKING:
 
 DRIVERS = {"sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver"}
 """Backend name → class. A class is built with the directory or address that its backend needs."""
-SANDBOX_SIGNALS = ("ready_replicas", "running_replicas", "restarts", "breaker_state", "in_rotation", "fallback_total")
-"""Signals the embedded platform offers."""
+SANDBOX_SIGNALS = (
+    "ready_replicas",
+    "running_replicas",
+    "restarts",
+    "breaker_state",
+    "in_rotation",
+    "fallback_total",
+    "retries_total",
+    "retry_rate",
+)
+"""Signals the embedded platform offers. `retry_rate`: retries a second, over the last second."""
 _BREAKER = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
 _HEALTH_REQUESTS = 20
 
@@ -209,7 +220,7 @@ def signal_source(environment: Environment, home: Home) -> SignalSource:
     names = set(environment.signals)
     if environment.sandbox is not None:
         client = _client(environment, home)
-        readers += [(lambda: _platform(client), interval), (lambda: _gateway(client), interval)]
+        readers += [(lambda: _platform(client), interval), (_gateway(client), interval)]
     if environment.prometheus is not None:
         for name, sli in environment.slis.items():
             if sli.query is not None:
@@ -233,18 +244,47 @@ def _platform(client: SandboxClient) -> dict[str, float]:
         raise ProbeError(str(e)) from e
 
 
-def _gateway(client: SandboxClient) -> dict[str, float]:
+def _gateway(client: SandboxClient) -> Callable[[], dict[str, float]]:
     from mlchaos_dagster.sandbox.config import SandboxError
 
-    try:
-        state = client.gateway_state()
-    except SandboxError as e:
-        raise ProbeError(str(e)) from e
-    return {
-        "breaker_state": _BREAKER[state["breaker"]],
-        "in_rotation": float(state["in_rotation"] - len(state["ejected_replicas"])),
-        "fallback_total": float(state["fallback_total"]),
-    }
+    retries = _Rate()
+
+    def read() -> dict[str, float]:
+        try:
+            state = client.gateway_state()
+        except SandboxError as e:
+            raise ProbeError(str(e)) from e
+        values = {
+            "breaker_state": _BREAKER[state["breaker"]],
+            "in_rotation": float(state["in_rotation"] - len(state["ejected_replicas"])),
+            "fallback_total": float(state["fallback_total"]),
+            "retries_total": float(state["retries_total"]),
+        }
+        rate = retries.add(time.monotonic(), values["retries_total"])
+        return values if rate is None else {**values, "retry_rate": rate}
+
+    return read
+
+
+class _Rate:
+    """A counter's increase a second, over the last `over_s`.
+
+    A counter that grows now and then is higher in any window than in the baseline before; its rate can be compared.
+    """
+
+    def __init__(self, over_s: float = 1.0) -> None:
+        self.over_s = over_s
+        self._seen: deque[tuple[float, float]] = deque()
+
+    def add(self, at: float, value: float) -> float | None:
+        """Take a reading; None until `over_s` are covered (at the start, and after the counter began anew)."""
+        if self._seen and value < self._seen[-1][1]:
+            self._seen.clear()
+        self._seen.append((at, value))
+        while len(self._seen) > 1 and at - self._seen[1][0] >= self.over_s:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return (value - before) / (at - since) if at - since >= self.over_s else None
 
 
 def _promql(environment: Environment, name: str, query: str) -> Callable[[], dict[str, float]]:
