@@ -50,7 +50,7 @@ def command(run: str | None, everything: bool, release: bool, reason: str) -> No
         app.dump({"lever": None, "released": released})
         app.out("the lever is released: runs may start again" if released else "the lever was not pulled")
         return
-    reason = reason or f"mlchaos stop, by {app.settings.user or 'somebody'}"
+    reason = reason.encode(errors="replace").decode() or f"mlchaos stop, by {app.settings.user or 'somebody'}"
     stopper = Stopper(places, reason)
     results = stopper.everything() if everything else stopper.one(str(run))
     _show(app, places, results, stopper)

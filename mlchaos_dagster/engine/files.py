@@ -37,7 +37,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of JSON. Raises StoreError."""
-    write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="replace"))
 
 
 def sync_directory(path: Path) -> None:
@@ -55,7 +55,7 @@ def append_line(path: Path, value: Any) -> None:
     Raises:
         StoreError: it could not be written.
     """
-    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

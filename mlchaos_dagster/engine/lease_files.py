@@ -249,7 +249,7 @@ class LeaseFiles:
 
     def write_slot(self, lease_id: str, start: int, end: int, text: str) -> None:
         """Put one line of text into a slot. Raises OSError."""
-        data = " ".join(text.split()).encode()[: end - start]
+        data = " ".join(text.split()).encode(errors="replace")[: end - start]
         descriptor = os.open(self.beats / lease_id, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.pwrite(descriptor, data.ljust(end - start), start)

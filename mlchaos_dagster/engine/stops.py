@@ -76,7 +76,7 @@ def _mark(path: Path, reason: str) -> None:
         raise StoreError(f"cannot write {path}: {e.strerror or e}") from e
     try:
         with contextlib.suppress(OSError):  # the file's existence is the request; a full disk only loses the words
-            os.write(descriptor, reason.encode())
+            os.write(descriptor, reason.encode(errors="replace"))
     finally:
         os.close(descriptor)
 

@@ -9,6 +9,7 @@ import threading
 import pytest
 from file_target import make_lease
 
+from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import SystemClock
 from mlchaos_dagster.engine.stops import FileStop, LeaseStop, SignalStop, StopFiles
@@ -44,6 +45,21 @@ def test_the_lever_stops_all_and_keeps_new_runs_out(home):
         ledger.open(make_lease())
     assert stops.release_lever() and not stops.release_lever()
     assert ledger.open(make_lease()).token
+
+
+def test_words_that_are_no_text_stop_all_the_same(home):
+    """A shell hands over any bytes; Python keeps the odd ones as lone surrogates."""
+    odd = "pager \udcff is down"
+    stops, clock = StopFiles(home), SystemClock()
+    ledger = FileLedger(home.ledger, clock)
+    lease = ledger.open(make_lease())
+    ledger.request_stop(lease.id, odd)
+    assert LeaseStop(ledger, lease.run_id).requested() == ("stop", "pager ? is down")
+    IncidentLog(home.incidents, clock).write("stop", odd, run="r1")
+    assert "pager ? is down" in home.incidents.read_text()
+    ledger.close(lease, [odd])
+    stops.pull_lever(odd)
+    assert FileStop(stops, "r1").requested() == ("lever", "pager ? is down")
 
 
 @pytest.mark.parametrize("run_id", ["", "../x", "a/b", "-x", "a" * 200, "a\n"])
