@@ -197,6 +197,10 @@ class Samples:
         """Requests whose scheduled time lies in the span (the census of that phase)."""
         return [r for r in self.requests if span.start <= r.due_s < span.end]
 
+    def requests_open_or_due(self, span: Span) -> list[RequestSample]:
+        """Requests due in the span, and those due before it that were still unanswered when it began."""
+        return [r for r in self.requests if r.due_s < span.end and (r.due_s >= span.start or r.done_s > span.start)]
+
     def signal(self, name: str) -> list[tuple[float, float]]:
         """(t, value) of one signal, in time order."""
         return [(s.t, s.value) for s in self.signals if s.name == name]

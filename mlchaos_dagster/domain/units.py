@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _BYTES = {"B": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DURATION = r"^\d+(\.\d+)?(ms|s|m|h|d)(\d+(\.\d+)?(ms|s|m|h|d))*$"
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -28,7 +29,7 @@ def parse_duration(value: Any) -> float:
     text = value.strip()
     if not re.fullmatch(_DURATION, text):
         raise ValueError(f'"{value}" is not a duration. Allowed: a number with a unit, such as 300ms, 10s, 5m, 1h30m')
-    return math.fsum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(text))
+    return float(sum(Decimal(number) * _SECONDS[unit] for number, unit in _PART.findall(text)))
 
 
 def parse_positive_duration(value: Any) -> float:
@@ -48,10 +49,10 @@ def parse_fraction(value: Any) -> float:
     match = _PERCENT.fullmatch(value.strip())
     if not match:
         raise ValueError(f'"{value}" is not a percentage. Allowed: 0% to 100%')
-    percent = float(match[1])
+    percent = Decimal(match[1])
     if percent > 100:
         raise ValueError(f'"{value}" is more than 100%. Allowed: 0% to 100%')
-    return percent / 100
+    return float(percent / 100)
 
 
 def parse_size(value: Any) -> int:
@@ -128,8 +129,10 @@ def show_percent(fraction: float | None, digits: int = 1) -> str:
 
 def show_value(value: float | None, unit: str) -> str:
     """A value in its unit: `ratio` as a percentage, `s` as latency, else plain."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
+    if unit != "s" and math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if unit == "ratio":
         return show_percent(value)
     if unit == "s":
@@ -137,8 +140,19 @@ def show_value(value: float | None, unit: str) -> str:
     return f"{value:g}" if abs(value - round(value)) < 1e-9 else f"{value:.2f}"
 
 
+def _plain(number: Decimal) -> str:
+    """All digits, no exponent: what was written must be read back as the very same number."""
+    text = format(number, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def _duration_back(seconds: float) -> str:
-    return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"
+    number = Decimal(repr(seconds))
+    return f"{_plain(number * 1000)}ms" if 0 < number < 1 else f"{_plain(number)}s"
+
+
+def _fraction_back(fraction: float) -> str:
+    return f"{_plain(Decimal(repr(fraction)) * 100)}%"
 
 
 _PERCENT_PATTERN = r"^(100(\.0+)?|\d{1,2}(\.\d+)?)\s?%$"
@@ -162,7 +176,7 @@ DurationOrZero = Annotated[
 Fraction = Annotated[
     float,
     BeforeValidator(parse_fraction),
-    PlainSerializer(lambda f: f"{f * 100:g}%", return_type=str),
+    PlainSerializer(_fraction_back, return_type=str),
     WithJsonSchema({"type": "string", "pattern": _PERCENT_PATTERN, "examples": ["30%"]}),
 ]
 """0–1; written as a percentage."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlchaos_dagster.domain.record import AbortFacts
+from mlchaos_dagster.domain.record import STATUS_UNSENT, AbortFacts
 from mlchaos_dagster.domain.spec import Objective
 from mlchaos_dagster.domain.units import show_percent
 from mlchaos_dagster.judgement.autocorrelation import batch_length, integrated_time
@@ -50,7 +50,9 @@ class Degradation:
         fresh = self.run.watch.requests[self.seen :]
         self.seen += len(fresh)
         late = self.run.environment.sampling.max_lateness
-        requests = requests_of(r for r in fresh if r.due_s >= self.since and r.sent_s - r.due_s <= late)
+        requests = requests_of(
+            r for r in fresh if r.status != STATUS_UNSENT and r.due_s >= self.since and r.sent_s - r.due_s <= late
+        )
         if not len(requests):
             return None
         for objective, guard in self.guards:

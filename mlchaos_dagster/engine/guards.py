@@ -118,6 +118,20 @@ def target_free(run: Run) -> GuardResult:
     return GuardResult(name="target free", passed=True, saw="no open lease on it")
 
 
+def environment_free(run: Run) -> GuardResult:
+    """No other run of this environment: its fault would be measured as ours. Of two that begin together, the first stays."""
+    mine = (run.zero_wall, run.run_id)
+    for other in run.kit.active.running():
+        if other.environment == run.environment.name and (other.started_wall, other.run_id) < mine:
+            return GuardResult(
+                name="environment free",
+                passed=False,
+                saw=f"{other.experiment} runs here (run {other.run_id[:8]}, {other.phase}): each would measure the other's fault",
+                needs="that run to end",
+            )
+    return GuardResult(name="environment free", passed=True, saw="no other run here")
+
+
 def watcher_alive(run: Run) -> GuardResult:
     """The watchdog process beats."""
     clock = run.kit.clock
@@ -168,6 +182,7 @@ GUARDS: tuple[Callable[[Run], GuardResult], ...] = (
     ledger_clean,
     target_resolved,
     target_free,
+    environment_free,
     watcher_alive,
     budget_left,
     healthy,

@@ -42,8 +42,10 @@ from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.engine.watch import Watch
 from mlchaos_dagster.engine.window import open_fault_window
 from mlchaos_dagster.errors import MlChaosError, StoreError
-from mlchaos_dagster.judgement.measures import Phase, steady
+from mlchaos_dagster.judgement.measures import Phase, signals_needed, steady
 
+SETTLE_S = 0.25
+"""After the last request's deadline: its timeout must come through as well."""
 WARM_UP_S = 0.5
 """Requests before the baseline: connections are made, caches and breakers settle. Not judged."""
 
@@ -113,7 +115,8 @@ class Run:
         self.seed = seed if seed is not None else int(hashlib.sha256(run_id.encode()).hexdigest()[:8], 16)
         self.zero_wall = kit.clock.wall()
         self.stops: list[StopSource] = list(kit.stops)
-        self.watch = Watch(environment, kit.clock, kit.requests, kit.signals, self.stops, self.tell)
+        needed = signals_needed(experiment, environment)
+        self.watch = Watch(environment, kit.clock, kit.requests, kit.signals, self.stops, self.tell, needed)
         self.window_s = environment.scaled(experiment.duration)
         self.guards: tuple[GuardResult, ...] = ()
         self.guards_s = 0.0
@@ -128,6 +131,8 @@ class Run:
         self.abort: AbortFacts | None = None
         self.clean: CleanFacts | None = None
         self.error = ""
+        self.stopped_late = ""
+        """Somebody's word that came when the fault was gone: the verdict stands, but nothing more may start."""
         self.incidents: list[str] = []
         self._record: RunRecord | None = None
 
@@ -240,14 +245,17 @@ class Run:
                 return None
             # Requests due up to here are in the census; their answers may come a little later.
             end = self.mark("baseline_ended", t=start + length)
-            settle = end + min(1.0, self.environment.probe.timeout)
-            self.abort = self.watch.until(settle, "baseline", each=lambda t: self._answered(end))
-        self.baseline = Span(start=start, end=end)
+            self.baseline = Span(start=start, end=end)
+            settle = end + self.environment.probe.timeout + SETTLE_S
+            self.abort = self.watch.until(settle, "baseline", each=lambda t: self._answered())
         return self.baseline
 
-    def _answered(self, end: float) -> bool:
-        due = [r.due_s for r in self.watch.requests[-50:]]
-        return bool(due) and max(due) >= end
+    def _answered(self) -> bool:
+        """Whether every request of the baseline is known, slow ones too: a target that begins to hang is not steady."""
+        assert self.baseline is not None
+        due = int(self.environment.probe.rate * self.baseline.length)
+        recent = self.watch.requests[-2 * due - 200 :]
+        return sum(self.baseline.start <= r.due_s < self.baseline.end for r in recent) >= due
 
     def steady_before(self) -> tuple[bool, str]:
         """Whether the steady state holds now; nothing is injected into a system that already fails."""

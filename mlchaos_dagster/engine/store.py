@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,15 @@ class RecordStore:
         return record
 
     def save_verdict(self, record: RunRecord, verdict: Verdict) -> None:
-        """Put the judgement beside the facts. Raises StoreError."""
+        """Put the judgement beside the facts; a run judged again stays as old as it is. Raises StoreError."""
+        path = self.path(record.run_id)
+        try:
+            age = path.stat()
+        except OSError:
+            age = None
         self._write(record, verdict)
+        if age is not None:
+            os.utime(path, ns=(age.st_atime_ns, age.st_mtime_ns))
 
     def _write(self, record: RunRecord, verdict: Verdict | None) -> None:
         body: dict[str, Any] = {"record": record.model_dump(mode="json", by_alias=True)}

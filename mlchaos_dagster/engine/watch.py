@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlchaos_dagster.domain.environment import Environment
-from mlchaos_dagster.domain.record import AbortFacts, RequestSample, SignalSample, Span
+from mlchaos_dagster.domain.record import STATUS_UNSENT, AbortFacts, RequestSample, SignalSample, Span
 from mlchaos_dagster.domain.spec import AbortCondition
 from mlchaos_dagster.domain.units import show_value
 from mlchaos_dagster.engine.ports import Clock, RequestSource, SignalSource, StopSource, Watcher
@@ -52,13 +52,19 @@ class Live:
         self.width_s = width_s
         self.requests: deque[RequestSample] = deque()
         self.signals: dict[str, float] = {}
+        self._read_at: dict[str, float] = {}
 
     def add(self, requests: Sequence[RequestSample], signals: Sequence[SignalSample]) -> None:
         """New measurements. Requests sent too late say more of the probe than of the target."""
         late = self.environment.sampling.max_lateness
-        self.requests.extend(r for r in requests if r.sent_s - r.due_s <= late)
+        self.requests.extend(r for r in requests if r.status != STATUS_UNSENT and r.sent_s - r.due_s <= late)
         for s in signals:
             self.signals[s.name] = s.value
+            self._read_at[s.name] = s.t
+
+    def unread_for(self, name: str, t: float, began: float = 0.0) -> float:
+        """Seconds since the last reading of a signal; since `began` when there was none."""
+        return t - self._read_at.get(name, began)
 
     def values(self, t: float) -> dict[str, float | None]:
         """Every SLI now; None where there is too little to say."""
@@ -70,7 +76,9 @@ class Live:
             if sli.measure is not None:
                 values[name] = measure(sli.measure, recent) if len(recent) >= FEWEST else None
             else:
-                values[name] = self.signals.get(signal_name(name, sli))
+                source = signal_name(name, sli)
+                fresh = self.unread_for(source, t) <= self.environment.sampling.blind_for
+                values[name] = self.signals.get(source) if fresh else None
         return values
 
 
@@ -85,6 +93,7 @@ class Watch:
         signals: SignalSource,
         stops: Sequence[StopSource],
         tell: Callable[[str, dict[str, Any]], None],
+        needed: frozenset[str] = frozenset(),
     ) -> None:
         self.environment, self.clock = environment, clock
         self.request_source, self.signal_source, self.stops, self.tell = requests, signals, stops, tell
@@ -93,7 +102,9 @@ class Watch:
         self.signals: list[SignalSample] = []
         self.gaps: list[Span] = []
         self.live = Live(environment, environment.sampling.window)
-        self._last_seen = 0.0
+        self.needed = needed
+        """Signals that an objective, a limit or an expectation rests on: their silence is blindness, too."""
+        self._last_seen = self._began = 0.0
         self._last_told = -1.0
         self.running = False
 
@@ -107,7 +118,7 @@ class Watch:
         self.running = True
         self.request_source.start(self.zero)
         self.signal_source.start(self.zero)
-        self._last_seen = self.now
+        self._last_seen = self._began = self.now
 
     def stop(self) -> None:
         """Stop the sources and keep what they still had. Idempotent."""
@@ -129,7 +140,9 @@ class Watch:
         self.signals += signals
         self.live.add(requests, signals)
         on_time = self.environment.sampling.max_lateness
-        seen = max((r.done_s for r in requests if r.status > -2 and r.sent_s - r.due_s <= on_time), default=None)
+        seen = max(
+            (r.done_s for r in requests if r.status != STATUS_UNSENT and r.sent_s - r.due_s <= on_time), default=None
+        )
         if seen is not None:
             if seen - self._last_seen > self.environment.sampling.blind_for:
                 self.gaps.append(Span(start=self._last_seen, end=seen))
@@ -144,9 +157,19 @@ class Watch:
         return None
 
     def blind(self, t: float) -> AbortFacts | None:
-        """No measurement for too long."""
-        missing = t - self._last_seen
-        if missing <= self.environment.sampling.blind_for:
+        """No measurement for too long, of the probe or of a signal that the experiment rests on."""
+        limit, missing = self.environment.sampling.blind_for, t - self._last_seen
+        for name in sorted(self.needed):
+            silent = self.live.unread_for(name, t, self._began)
+            if silent > limit:
+                self.gaps.append(Span(start=t - silent, end=t))
+                return AbortFacts(
+                    cause="blind",
+                    reason=f"{name} could not be read for {silent:.1f} s (blind_for {limit:g} s)",
+                    first_bad_at=t - silent,
+                    breach_at=t,
+                )
+        if missing <= limit:
             return None
         self.gaps.append(Span(start=self._last_seen, end=t))
         return AbortFacts(

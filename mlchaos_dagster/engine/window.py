@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 RENEW_EVERY_S = 0.5
 """A tenth of the default time to live: one slow look does not lose the lease."""
-MOMENTARY = frozenset({"pod_delete"})
-"""Faults that are over when they fired; the others must still be there when the window ends."""
+LAST_LOOK_S = 2.5
+"""Bound of that look; a target that says nothing for so long cannot be said to be under the fault."""
+LOOK_AHEAD_S = 1.0
+"""How long before the window's end the last look at the fault begins: a slow link answers slowly."""
 
 
 def open_fault_window(run: Run) -> None:
@@ -137,8 +139,6 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
     if not run.shadow:
         kit.driver.inject(lease)
     injected = run.mark("injected", "shadow: nothing was injected" if run.shadow else "")
-    # The census of the window starts when the fault is in place, not when it was asked for.
-    run.window = Span(start=injected, end=injected)
     confirm = Confirmation(run, lease)
     trackers = [Tracker(c) for c in (*run.environment.limits.abort, *run.experiment.abort)]
 
@@ -147,6 +147,7 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
     def each(t: float) -> AbortFacts | None:
         renew.look(t)
         confirm.look(t)
+        confirm.at_the_end(t, end)
         return degradation.look(t)
 
     end = injected + run.window_s
@@ -155,8 +156,7 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
         _mark_breach(run, run.abort)
     else:
         run.mark("window_ended")
-        if not run.shadow:
-            confirm.still_there()
+        confirm.still_there(lambda: renew.look(run.watch.now))
 
 
 class Renewal:
@@ -186,9 +186,7 @@ class Confirmation:
         if self.over:
             return
         if self.poll is None:
-            read = self._read
-            background = self.run.kit.background
-            self.poll = background(read) if background else _now(read)
+            self.poll = self._begin()
         done, result = self.poll()
         if not done:
             return
@@ -210,25 +208,40 @@ class Confirmation:
         assert self.run.fault is not None
         self.run.fault = self.run.fault.model_copy(update={"confirmed": confirmed, "evidence": evidence.lines})
 
-    def still_there(self) -> None:
-        """At the end of a full window: a fault that vanished early did not test the window."""
+    def at_the_end(self, t: float, end: float) -> None:
+        """Begin the last look a little before the window ends, so that the fault need not wait for its answer."""
+        if self.held and self.over and self.poll is None and t >= end - LOOK_AHEAD_S:
+            self.poll = self._begin()
+
+    def still_there(self, renew: Callable[[], None]) -> None:
+        """At the end of a full window: a fault that vanished early, or lost its effect, did not test the window."""
         assert self.run.fault is not None
-        if self.lease.kind in MOMENTARY or not self.run.fault.confirmed:
+        if not self.held or not self.run.fault.confirmed:
             return
-        try:
-            evidence = self.run.kit.driver.active(self.lease)
-        except DriverError as e:
-            self._keep(False, Evidence(present=False, effective=False, lines=(f"at the window's end: {e}",)))
-            return
-        if not evidence.present:
-            self._keep(
-                False,
-                Evidence(
-                    present=False,
-                    effective=False,
-                    lines=("the fault was gone before the window ended", *evidence.lines),
-                ),
-            )
+        poll, clock = self.poll or self._begin(), self.run.kit.clock
+        until = clock.monotonic() + LAST_LOOK_S
+        while not (found := poll())[0] and clock.monotonic() < until:
+            self.run.watch.pump()
+            renew()
+            clock.sleep(0.02)
+        evidence = found[1]
+        if not isinstance(evidence, Evidence):
+            said = f"at the window's end: {evidence or 'the target did not say'}"
+            self._keep(False, Evidence(present=False, effective=False, lines=(said,)))
+        elif not (evidence.present and evidence.effective):
+            what = "lost its effect" if evidence.present else "was gone"
+            lines = (f"the fault {what} before the window ended", *evidence.lines)
+            self._keep(False, Evidence(present=False, effective=False, lines=lines))
+
+    @property
+    def held(self) -> bool:
+        """Whether the fault lasts as long as its window; a single kill is over when it fired."""
+        once = self.lease.kind == "pod_delete" and not self.lease.params.get("interval_s")
+        return not once and not self.run.shadow
+
+    def _begin(self) -> Callable[[], tuple[bool, Any]]:
+        background = self.run.kit.background
+        return background(self._read) if background else _now(self._read)
 
 
 def _now(read: Callable[[], Any]) -> Callable[[], tuple[bool, Any]]:
@@ -258,9 +271,8 @@ def _abort(run: Run, cause: Any, reason: str) -> AbortFacts:
 def _take_away(run: Run, lease: Lease) -> None:
     """Recover until the target itself says that nothing is left; bounded by `recover_timeout`."""
     kit = run.kit
+    _renew(run, lease)
     requested = run.mark("recover_requested")
-    if run.window is not None:
-        run.window = Span(start=run.window.start, end=max(requested, run.window.start))
     run.tell("phase", {"name": "recovery", "seconds": run.experiment.recovery.within})
     end = kit.clock.monotonic() + run.environment.safety.recover_timeout
     pause, said, evidence = 0.02, "", Evidence(present=True, effective=False)
@@ -274,16 +286,15 @@ def _take_away(run: Run, lease: Lease) -> None:
         if not evidence.present:
             break
         if kit.clock.monotonic() >= end:
+            _end_window(run, run.watch.now)
             _unclean(run, lease, said)
             return
         run.watch.pump()
-        try:
-            kit.ledger.renew(lease)
-        except StoreError:
-            pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
+        _renew(run, lease)
         kit.clock.sleep(pause)
         pause = min(pause * 2, 0.5)
     clean_at = run.mark("proven_clean")
+    _end_window(run, clean_at)
     lines = list(evidence.lines)
     try:
         kit.ledger.close(lease, evidence.lines)
@@ -293,6 +304,19 @@ def _take_away(run: Run, lease: Lease) -> None:
         run.incident("error", f"lease {lease.id} could not be closed: {e}")
     run.clean = CleanFacts(proven=True, evidence=tuple(lines))
     run.after = Span(start=clean_at, end=clean_at)
+
+
+def _end_window(run: Run, t: float) -> None:
+    """The census of the window reaches from the word to inject to the proof of clean: no harm falls between phases."""
+    if run.window is not None:
+        run.window = Span(start=run.window.start, end=max(t, run.window.start))
+
+
+def _renew(run: Run, lease: Lease) -> None:
+    try:
+        run.kit.ledger.renew(lease)
+    except StoreError:
+        pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
 
 
 def _unclean(run: Run, lease: Lease, said: str) -> None:
@@ -320,8 +344,13 @@ def _sample_recovery(run: Run) -> None:
 
 
 def _told_again(run: Run) -> bool:
-    """A stop request during the recovery sampling ends it; the fault is gone already."""
-    return run.abort is None and run.watch.stop_asked(run.watch.now) is not None
+    """A stop request during the recovery sampling ends it; the fault is gone already and its outcome stands."""
+    if run.abort is not None:
+        return False
+    asked = run.watch.stop_asked(run.watch.now)
+    if asked is not None:
+        run.stopped_late = asked.reason
+    return asked is not None
 
 
 class Steadiness:

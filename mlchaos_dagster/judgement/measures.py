@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from mlchaos_dagster.domain.environment import Environment, Sli
-from mlchaos_dagster.domain.record import RequestSample, Samples, Span
-from mlchaos_dagster.domain.spec import Objective
+from mlchaos_dagster.domain.record import STATUS_UNSENT, RequestSample, Samples, Span
+from mlchaos_dagster.domain.spec import Experiment, Objective
 from mlchaos_dagster.domain.units import show_value
 from mlchaos_dagster.judgement.census import Requests, gauge_census, measure
 
@@ -36,15 +36,29 @@ def signal_name(name: str, sli: Sli) -> str:
 class Phase:
     """All measurements of one phase of a run."""
 
-    def __init__(self, samples: Samples, environment: Environment, span: Span) -> None:
+    def __init__(
+        self, samples: Samples, environment: Environment, span: Span, *, with_open_requests: bool = False
+    ) -> None:
+        """Take the requests due in the span.
+
+        Args:
+            samples: of the whole run.
+            environment: how to measure.
+            span: the phase.
+            with_open_requests: also those due before the span and still unanswered when it began: what was under
+                way when a process was killed belongs to the fault.
+        """
         self.environment, self.span, self.samples = environment, span, samples
-        self.sent = requests_of(samples.requests_due(span))
+        due = samples.requests_open_or_due(span) if with_open_requests else samples.requests_due(span)
+        sent = [r for r in due if r.status != STATUS_UNSENT]
+        self.unsent = len(due) - len(sent)
+        self.sent = requests_of(sent)
         self.requests = self.sent.on_time(environment.sampling.max_lateness)
 
     @property
     def late(self) -> int:
-        """Requests excluded because the probe sent them too late."""
-        return len(self.sent) - len(self.requests)
+        """Requests excluded because the probe sent them too late, or not at all: its failure, not the target's."""
+        return self.unsent + len(self.sent) - len(self.requests)
 
     def value(self, name: str) -> float | None:
         """One SLI over the phase; None when there is nothing to measure. A latency may be infinite."""
@@ -52,10 +66,17 @@ class Phase:
         if sli.measure is not None:
             return measure(sli.measure, self.requests, penalty_s=self.environment.probe.timeout)
         steps = self.samples.signal(signal_name(name, sli))
-        if not steps:
+        if self._blind(steps):
             return None
         census = gauge_census([t for t, _ in steps], [v for _, v in steps], self.span.start, self.span.end)
         return {"mean": census.mean, "min": census.min, "max": census.max}[sli.reduce]
+
+    def _blind(self, steps: list[tuple[float, float]]) -> bool:
+        """A signal is known only where it was read: a value from before a silence says nothing of the silence."""
+        times = [t for t, _ in steps if self.span.start <= t <= self.span.end]
+        edges = [self.span.start, *times, self.span.end]
+        longest = max(b - a for a, b in zip(edges, edges[1:], strict=False))
+        return not times or longest > self.environment.sampling.blind_for
 
     def count(self, name: str) -> int:
         """How many requests or readings the SLI rests on."""
@@ -93,6 +114,14 @@ def steady(
     if broken:
         return False, tuple(broken + missing)
     return (None, tuple(missing)) if missing else (True, ())
+
+
+def signals_needed(experiment: Experiment, environment: Environment) -> frozenset[str]:
+    """Signals that an objective, an abort limit or an expectation of this experiment rests on."""
+    slis = {o.sli for o in experiment.steady_state} | {e.sli for e in experiment.expect if e.sli}
+    slis |= {c.sli for c in (*experiment.abort, *environment.limits.abort)}
+    read = {signal_name(n, s) for n, s in environment.slis.items() if n in slis and s.measure is None}
+    return frozenset(read | {e.signal for e in experiment.expect if e.signal})
 
 
 def describe(objective: Objective) -> str:

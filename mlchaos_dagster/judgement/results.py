@@ -38,6 +38,9 @@ def _result(
     values = [phase.value(name) if phase is not None else None for phase in (baseline, during, after)]
     timeout = record.environment.probe.timeout
     notes: list[str] = []
+    if sli.measure is None and any(v is not None and math.isinf(v) for v in values):
+        values = [None if v is not None and math.isinf(v) else v for v in values]
+        notes.append("an infinite reading is no number")
     if any(v is not None and math.isinf(v) for v in values):
         notes.append("it lies among failed requests and is shown as the probe's timeout")
     shown = [timeout if v is not None and math.isinf(v) else v for v in values]

@@ -43,7 +43,9 @@ def judge(record: RunRecord, samples: Samples) -> Verdict:
     """Judge a record. The same record gives the same verdict (seeded by the run)."""
     environment = record.environment
     phases = {
-        name: Phase(samples, environment, span) if span is not None and span.length > 0 else None
+        name: Phase(samples, environment, span, with_open_requests=name == "during")
+        if span is not None and span.length > 0
+        else None
         for name, span in (("baseline", record.baseline), ("during", record.window), ("after", record.after))
     }
     baseline, during, after = phases["baseline"], phases["during"], phases["after"]
@@ -101,6 +103,8 @@ def _decide(
         return Outcome.ABORTED, [_abort_words(record)], ""
     if baseline is None:
         return Outcome.REFUSED, ["No baseline was measured."], ""
+    if steady_before is not True and record.fault is not None:
+        return Outcome.INCONCLUSIVE, [f"The steady state did not hold before the fault: {w}" for w in why_unsteady], ""
     if steady_before is not True:
         return (
             Outcome.REFUSED,
@@ -249,6 +253,8 @@ def _expectation(
     elif expected.rises:
         seen = high > max(before)
     elif expected.reaches is not None:
+        if max(before) >= expected.reaches.value:
+            return ExpectationResult(expected=words, seen=None, saw=f"{saw}: it was there without the fault")
         seen = high >= expected.reaches.value
     else:
         assert expected.stays is not None
@@ -268,6 +274,8 @@ def _expected_sli(expected: Expectation, words: str, result: SliResult | None) -
     elif expected.rises:
         seen = low > 0
     elif expected.reaches is not None:
+        if result.baseline >= expected.reaches.value:
+            return ExpectationResult(expected=words, seen=None, saw=f"{saw}: it was there without the fault")
         seen = result.during >= expected.reaches.value
     else:
         assert expected.stays is not None
@@ -292,7 +300,7 @@ def _recovery(record: RunRecord, samples: Samples) -> RecoveryResult:
     none = RecoveryResult(within_s=within)
     if record.window is None or record.after is None or record.after.length <= 0 or record.baseline is None:
         return none
-    origin, until = _origin(record), record.after.end
+    origin, until = _origin(record, samples), record.after.end
     moments: dict[str, float | Moment | None] = {"steady": _steady(record, samples, origin, until)}
     for part, signal in (("ready", READY), ("reschedule", RUNNING)):
         steps = samples.signal(signal)
@@ -317,13 +325,19 @@ def _recovery(record: RunRecord, samples: Samples) -> RecoveryResult:
     )
 
 
-def _origin(record: RunRecord) -> float:
-    """From when recovery counts: the removal; for a single kill, which is over at once, the kill."""
+def _origin(record: RunRecord, samples: Samples) -> float:
+    """From when recovery counts: the word to recover; for kills, which are over at once, the last kill seen."""
     assert record.window is not None
-    fault = record.experiment.fault
-    if fault.kind == "pod_delete" and fault.interval is None:
-        return record.window.start
-    return record.window.end
+    removed = record.moment("recover_requested")
+    removed = record.window.end if removed is None else removed
+    if record.experiment.fault.kind != "pod_delete":
+        return removed
+    for name in (RUNNING, READY):
+        steps = [(t, v) for t, v in samples.signal(name) if record.window.start <= t <= removed]
+        drops = [t for (_, a), (t, b) in zip(steps, steps[1:], strict=False) if b < a]
+        if drops:
+            return drops[-1]
+    return record.window.start
 
 
 def _steady(record: RunRecord, samples: Samples, origin: float, until: float) -> Moment:

@@ -215,3 +215,28 @@ def test_full_disk_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(RecordStore, "save", full)
     _, verdict = outcome(tmp_path, World())
     assert verdict.outcome is Outcome.ERROR and "No space left" in verdict.reasons[0]
+
+
+def test_a_silent_signal_that_matters_aborts(tmp_path: Path) -> None:
+    world = World()
+    run = build(tmp_path, world)
+    drain = run.kit.signals.drain
+    begun = world.clock.t
+    run.kit.signals.drain = lambda: drain() if world.clock.t < begun + 8 else []  # type: ignore[method-assign]
+    record = run_experiment(run)
+    assert record.abort is not None and record.abort.cause == "blind" and "ready_replicas" in record.abort.reason
+    assert not world.faults
+
+
+def test_of_two_runs_in_one_environment_the_later_is_refused(tmp_path: Path) -> None:
+    world = World()
+    first = build(tmp_path, world, run_id="a")
+    first.check_guards()
+    world.clock.sleep(1)
+    second = build(tmp_path, world, run_id="b", experiment={"name": "another", "blast_radius": {"count": 1}})
+    record = run_experiment(second)
+    refused = judge(record, second.samples)
+    assert refused.outcome is Outcome.REFUSED and "environment free" in refused.reasons[0]
+    first.measure_baseline()
+    first.fault_window()
+    assert judge(first.finish(), first.samples).outcome is Outcome.HELD
