@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.engine.ports import Lease
-from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, RecoverFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox import api
 from mlchaos_dagster.sandbox.identity import lives
 
@@ -23,6 +24,8 @@ NAME = "sandbox"
 _NETWORK = frozenset({"network_latency", "network_loss", "network_partition"})
 _SILENCE_S = 0.25
 """A link that says nothing for this long passes nothing; two orders above a healthy round trip (1–3 ms)."""
+_ALIVE_S = 1.0
+"""A link that is silent this long before the fault is down already; a busy machine may take its time."""
 _DYING_S = 1.0
 """Children of a killed supervisor are gone within milliseconds; a busy machine may take longer."""
 
@@ -53,20 +56,40 @@ class SandboxDriver:
         return tuple(sorted(name for name in (*names, *status["links"]) if fnmatchcase(name, target.select)))
 
     def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any]) -> dict[str, Any]:
-        """Where the sandbox is, and which processes stood for the targets.
+        """Where the sandbox is, which processes stand for the targets, and how fast the links answer.
+
+        What is broken already cannot be broken by a fault: every target must be alive now.
 
         Raises:
-            DriverUnavailable: no sandbox answered.
+            DriverUnavailable: no sandbox answered, or a target is down already.
+            DriverError: a target does not exist, or the fault does not fit it.
         """
-        state = api.read_state(self.directory)
+        status, state = self._status("undo"), api.read_state(self.directory)
         if state is None:
             raise DriverUnavailable(f"no sandbox is up in {self.directory}", driver=NAME, verb="undo")
-        children = state["children"]
-        return {
+        network = kind in _NETWORK
+        there = list(status["links"]) if network else [entry["name"] for entry in status["processes"]]
+        if unknown := [target for target in targets if target not in there]:
+            said = f"{kind} needs {'links' if network else 'processes'}; there is no such one: {', '.join(unknown)}"
+            raise DriverError(said, driver=NAME, verb="undo")
+        found: dict[str, Any] = {
             "directory": str(self.directory.resolve()),
             "supervisor": {"pid": state["pid"], "create_time": state["create_time"]},
-            "processes": {name: children[name] for name in targets if name in children},
+            "processes": {},
+            "links": {},
         }
+        if network:
+            trips = _round_trips(self.directory, targets, _ALIVE_S)
+            found["links"] = {link: trip.seconds for link, trip in trips.items() if trip.answered}
+        else:
+            children = state["children"]
+            alive = {name for name in targets if name in children and _lives(children[name])}
+            found["processes"] = {name: children[name] for name in targets if name in alive}
+        if down := [name for name in targets if name not in found["links"] and name not in found["processes"]]:
+            raise DriverUnavailable(
+                f"{', '.join(down)} is down already: no fault of ours could be told from that", driver=NAME, verb="undo"
+            )
+        return found
 
     def inject(self, lease: Lease) -> None:
         """Put the fault on every target, one after the other, each with the lease's remaining time as its deadline.
@@ -123,24 +146,30 @@ class SandboxDriver:
     def active(self, lease: Lease) -> Evidence:
         """What the processes and links say now.
 
-        ``effective`` needs every target's effect: the process gone, the link measurably disturbed.
+        ``effective`` needs every target's effect at this moment, and that it was not so before the lease: the process
+        gone (for pod_failure: with none in its place), the link slower or more silent than it was. A link that does not
+        exist (any more) has no fault.
 
         Raises:
             DriverUnavailable: something lives but does not answer.
         """
         directory = self._directory(lease)
-        client = api.SandboxClient(directory)
         try:
-            trips = _round_trips(client, lease) if lease.kind in _NETWORK else {}
-            mine = [fault for fault in client.faults() if fault["lease_id"] == lease.id]
+            mine = [fault for fault in api.SandboxClient(directory).faults() if fault["lease_id"] == lease.id]
         except api.SandboxError as error:
             if left := self._wait_dead(directory):
                 said = f"{error}; alive: {_people(left)}"
                 raise DriverUnavailable(said, driver=NAME, verb="active", lease_id=lease.id) from error
             return Evidence(present=False, effective=False, lines=(_dead_line(lease, directory),))
+        trips = _round_trips(directory, lease.targets, _patience(lease)) if lease.kind in _NETWORK else {}
+        children = (api.read_state(directory) or {}).get("children", {})
         lines = [line for fault in mine for line in fault["evidence"]]
-        lines += [_trip_line(link, seconds) for link, seconds in trips.items()]
-        seen = {fault["target"] for fault in mine if fault["effective"] and _confirmed(lease, fault, trips)}
+        lines += [_trip_line(link, trip) for link, trip in trips.items()]
+        seen = {
+            fault["target"]
+            for fault in mine
+            if fault["effective"] and _confirmed(lease, fault["target"], trips.get(fault["target"]), children)
+        }
         if not mine:
             lines.insert(0, f"supervisor and proxies have nothing of lease {lease.id}")
         return Evidence(present=bool(mine), effective=seen >= set(lease.targets), lines=tuple(lines))
@@ -177,36 +206,69 @@ def _params(lease: Lease) -> dict[str, Any]:
     return given
 
 
-def _round_trips(client: api.SandboxClient, lease: Lease) -> dict[str, float | None]:
-    """Seconds of one request through each link; None = no answer. All at once: a partition is waited out only once."""
-    timeout_s = _SILENCE_S
-    if lease.kind == "network_latency":
-        timeout_s = min(1.0, lease.params["latency_s"] * 1.5 + 0.1)
+@dataclass(frozen=True)
+class _Trip:
+    """One request through a link."""
 
-    def measure(link: str) -> float | None:
-        return client.link_round_trip(link, timeout_s)
+    seconds: float
+    answered: bool
+    exists: bool = True
+
+
+def _patience(lease: Lease) -> float:
+    """How long to wait for an answer through a link with this fault."""
+    return min(1.0, lease.params.get("latency_s", 0.0) * 1.5 + 0.1) if lease.kind == "network_latency" else _SILENCE_S
+
+
+def _round_trips(directory: Path, links: tuple[str, ...], timeout_s: float) -> dict[str, _Trip]:
+    """One request through each link. All at once: a partition is waited out only once."""
+    client = api.SandboxClient(directory)
+    known = (api.read_state(directory) or {}).get("link_ports", {})
+
+    def measure(link: str) -> _Trip:
+        if link not in known:
+            return _Trip(0.0, answered=False, exists=False)
+        began = time.perf_counter()
+        try:
+            answered = client.link_round_trip(link, timeout_s) is not None
+        except api.SandboxRefused:
+            answered = True  # a refusal came through, too
+        except api.SandboxUnavailable:  # it went between two looks
+            return _Trip(0.0, answered=False, exists=False)
+        return _Trip(time.perf_counter() - began, answered)
 
     with ThreadPoolExecutor(max_workers=8) as pool:
-        answers = pool.map(measure, lease.targets)
-        return dict(zip(lease.targets, answers, strict=True))
+        return dict(zip(links, pool.map(measure, links), strict=True))
 
 
-def _confirmed(lease: Lease, fault: dict[str, Any], trips: dict[str, float | None]) -> bool:
-    """Whether our own look at the target agrees with what the sandbox says of it."""
-    target: str = fault["target"]
+def _confirmed(lease: Lease, target: str, trip: _Trip | None, children: dict[str, Any]) -> bool:
+    """Whether our own look at the target agrees with what the sandbox says of it, and it was different before."""
+    if lease.kind not in _NETWORK:
+        before = lease.undo.get("processes", {}).get(target)
+        if before is None or _lives(before):
+            return False
+        # Held down is held down now: nobody has taken its place.
+        return lease.kind != "pod_failure" or not (target in children and _lives(children[target]))
+    if trip is None or target not in lease.undo.get("links", {}):
+        return False
+    # Silence is waited for; a broken connection is told at once and is another fault than ours.
+    silent = not trip.answered and trip.seconds >= 0.9 * _patience(lease)
     if lease.kind == "network_latency":
         least_s = 0.9 * (lease.params["latency_s"] - lease.params.get("jitter_s", 0.0))
-        return (seconds := trips[target]) is None or seconds >= least_s
+        return silent or (trip.answered and trip.seconds >= least_s)
     if lease.kind == "network_partition":
-        return trips[target] is None
-    if lease.kind == "network_loss":
-        return True  # one request may get through; the proxy's count of lost chunks is the evidence
-    before = lease.undo.get("processes", {}).get(target)
-    return before is None or not lives(before["pid"], before["create_time"])
+        return silent
+    return True  # loss: one request may get through; the proxy's count of lost chunks is the evidence
 
 
-def _trip_line(link: str, seconds: float | None) -> str:
-    said = "does not answer" if seconds is None else f"answers in {seconds * 1000:.1f} ms"
+def _lives(process: dict[str, Any]) -> bool:
+    return lives(process["pid"], process["create_time"])
+
+
+def _trip_line(link: str, trip: _Trip) -> str:
+    if not trip.exists:
+        return f"there is no link {link}: no fault can be there"
+    said = f"answers in {trip.seconds * 1000:.1f} ms" if trip.answered else "does not answer"
     return f"{link} {said} (GET /healthz through the link)"
 
 

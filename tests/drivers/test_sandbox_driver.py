@@ -19,7 +19,7 @@ import pytest
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.drivers.sandbox import SandboxDriver
 from mlchaos_dagster.engine.ports import Lease, Owner
-from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, RecoverFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox import api
 from tests.sandbox.conftest import eventually, shared_sandbox
 
@@ -139,6 +139,83 @@ def test_a_passed_deadline_and_an_unknown_target_inject_nothing(driver: SandboxD
     with pytest.raises(InjectFailed, match="inference-9"):
         driver.inject(wrong)
     assert not driver.active(late).present and not driver.active(wrong).present
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("network_latency", "inference-1"),
+        ("network_partition", "gateway->inference-9"),
+        ("pod_failure", STORE),
+        ("pod_delete", "inference-9"),
+    ],
+)
+def test_a_target_that_is_not_there_or_does_not_fit_is_refused_before_the_lease(
+    driver: SandboxDriver, kind: str, target: str
+) -> None:
+    with pytest.raises(DriverError, match=f"there is no such one: {target}") as caught:
+        driver.undo(kind, (target,), {})
+    assert not isinstance(caught.value, DriverUnavailable)
+
+
+def test_a_lease_on_a_link_that_is_gone_closes_clean(driver: SandboxDriver) -> None:
+    lease = replace(_lease(driver, "network_partition"), targets=("gateway->inference-9", "inference-1"))
+    driver.recover(lease)
+    evidence = driver.active(lease)
+    assert not evidence.present and not evidence.effective
+    assert "there is no link gateway->inference-9: no fault can be there" in evidence.lines
+
+
+@pytest.mark.parametrize("kind", ["pod_failure", "pod_delete", "network_partition", "network_latency"])
+def test_what_was_down_before_is_not_our_fault(driver: SandboxDriver, kind: str) -> None:
+    lease = _lease(driver, kind)
+    other = _lease(driver, "network_partition" if kind.startswith("network") else "pod_failure")
+    driver.inject(other)
+    try:
+        with pytest.raises(DriverUnavailable, match=f"{lease.targets[0]} is down already"):
+            _lease(driver, kind)
+    finally:
+        driver.recover(other)
+
+
+@pytest.mark.parametrize("kind", ["pod_failure", "network_partition", "network_latency"])
+def test_nothing_is_confirmed_without_a_look_from_before(driver: SandboxDriver, kind: str) -> None:
+    lease = _lease(driver, kind)
+    driver.inject(lease)
+    try:
+        eventually(lambda: driver.active(lease).effective)
+        blind = driver.active(replace(lease, undo={"directory": lease.undo["directory"]}))
+        assert blind.present and not blind.effective
+    finally:
+        driver.recover(lease)
+
+
+def test_a_link_that_breaks_in_another_way_is_not_slow(driver: SandboxDriver) -> None:
+    link = "gateway->inference-2"
+    lease = _lease(driver, "network_latency")
+    lease = replace(lease, targets=(link,), undo=driver.undo("network_latency", (link,), {}))
+    driver.inject(lease)
+    eventually(lambda: driver.active(lease).effective)
+    held = replace(_lease(driver, "pod_failure"), targets=("inference-2",))
+    driver.inject(held)
+    try:
+        seen = driver.active(lease)
+        assert seen.present and not seen.effective
+    finally:
+        driver.recover(held)
+        driver.recover(lease)
+
+
+def test_a_repeated_kill_stays_present_while_kills_are_scheduled(driver: SandboxDriver) -> None:
+    lease = replace(_lease(driver, "pod_delete"), params={"interval_s": 0.5, "signal": "kill"})
+    driver.inject(lease)
+    try:
+        eventually(lambda: len(api.SandboxClient(driver.directory).faults()[0]["killed_pids"]) > 1)
+        seen = driver.active(lease)
+        assert seen.present and seen.effective
+    finally:
+        driver.recover(lease)
+    assert not driver.active(lease).present
 
 
 def test_a_dead_sandbox_is_clean_and_says_so(tmp_path: Path) -> None:
