@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mlchaos_dagster.domain.outcome import counted
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.outcome import Outcome, counted
 from mlchaos_dagster.domain.record import RunRecord, SliResult, Verdict
+from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.evidence import words
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
 
@@ -84,6 +86,48 @@ def run_json(
         "error": text(record.error),
         "record_path": record_path,
         "report_path": report_path,
+    }
+
+
+def unjudged_json(
+    run_id: str, experiment: Experiment, environment: Environment, outcome: Outcome, error: str, *, shadow: bool = False
+) -> dict[str, Any]:
+    """The contracted object of a run that left no record or verdict: every key, and nothing claimed.
+
+    `clean.proven` is false: without a record nobody knows.
+    """
+    return {
+        "run_id": run_id,
+        "experiment": experiment.name,
+        "environment": environment.name,
+        "outcome": outcome.value,
+        "shadow": shadow,
+        "exit_code": outcome.exit_code,
+        "reasons": [mask_text(error)],
+        "started_at": None,
+        "durations_s": dict.fromkeys(("guards", "baseline", "window", "recovery", "overhead")),
+        "targets": [],
+        "fault": {
+            "kind": experiment.fault.kind,
+            "backend": environment.backend_for(experiment.fault.kind),
+            "confirmed": False,
+            "evidence": [],
+            "lease_id": "",
+        },
+        "slis": {},
+        "expectations": [],
+        "guards": [],
+        "abort": None,
+        "recovery": {
+            **dict.fromkeys(("detect_s", "reschedule_s", "ready_s", "steady_s")),
+            "censored": [],
+            "within_s": None,
+            "met": None,
+        },
+        "clean": {"proven": False, "evidence": [], "command": "mlchaos status"},
+        "error": mask_text(error),
+        "record_path": None,
+        "report_path": None,
     }
 
 

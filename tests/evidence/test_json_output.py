@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlchaos_dagster.evidence.json_output import run_json
+from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.evidence.json_output import run_json, unjudged_json
 
 from .builders import aborted, all_runs, deviated, held
 
@@ -43,6 +44,18 @@ def test_every_contracted_key(name: str) -> None:
     assert all(isinstance(r, str) for r in body["reasons"])
     assert datetime.fromisoformat(body["started_at"].replace("Z", "+00:00")).timestamp() == RUNS[name].record.zero_wall
     assert all(v is not None and v >= 0 for v in body["durations_s"].values())
+
+
+def test_a_run_without_a_verdict_has_every_key_and_claims_nothing() -> None:
+    record = RUNS["held"].record
+    body = unjudged_json("r-1", record.experiment, record.environment, Outcome.ERROR, "token=hunter2hunter2 is wrong")
+    whole = of("held")
+    assert body.keys() == whole.keys()
+    for part in ("durations_s", "fault", "recovery", "clean"):
+        assert body[part].keys() == whole[part].keys(), part
+    assert (body["outcome"], body["exit_code"]) == ("ERROR", 6)
+    assert not body["clean"]["proven"] and not body["fault"]["confirmed"] and body["started_at"] is None
+    assert "hunter2" not in json.dumps(body, allow_nan=False)
 
 
 def test_abort_is_null_or_whole() -> None:
