@@ -38,6 +38,7 @@ __all__ = [
     "is_alive",
     "read_state",
     "remains",
+    "same_config",
     "status",
     "up",
 ]
@@ -45,31 +46,33 @@ __all__ = [
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
-def up(directory: Path | str, config: SandboxConfig | None = None, timeout_s: float = 60) -> dict[str, Any]:
-    """Have a ready sandbox in ``directory`` and return its status; one that is up already is taken as it is.
+_STARTING_S = 30.0
+"""A sandbox that is up and not ready may still be starting for this long; a busy machine needs 10 s."""
 
-    Two callers at the same moment get the same sandbox. It is detached: it outlives the caller.
+
+def up(directory: Path | str, config: SandboxConfig | None = None, timeout_s: float = 60) -> dict[str, Any]:
+    """Have a ready sandbox in ``directory`` and return its status.
+
+    One that is up already is taken as it is, ready or not; only one that was started a moment ago is waited for. Two callers at the same moment get the same sandbox. It is detached: it outlives the caller.
 
     Raises:
         SandboxRefused: one with another configuration is up (``config=None`` takes any).
+        SandboxUnavailable: one is up and does not answer.
         SandboxError: it did not become ready within ``timeout_s``; what was started has been taken down again.
     """
     end = time.monotonic() + timeout_s
     home = _home(directory)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(home, end):
-        started = False
-        if not is_alive(home):
-            _take_down(home, 5.0)  # what a killed one may have left
-            _launch(home, config or SandboxConfig())
-            started = True
-        else:
-            _same_config(home, config)
+        if is_alive(home):
+            same_config(home, config)
+            return _as_it_is(home, end)
+        _take_down(home, 5.0)  # what a killed one may have left
+        _launch(home, config or SandboxConfig())
         try:
             return _wait_ready(home, end)
         except SandboxError:
-            if started:
-                _take_down(home, 5.0)
+            _take_down(home, 5.0)
             raise
 
 
@@ -79,8 +82,8 @@ def down(directory: Path | str, timeout_s: float = 10) -> dict[str, Any]:
     Asks first, then kills by pid and start time. Safe to repeat, and where there never was a sandbox.
     """
     home = _home(directory)
-    if not home.is_dir():
-        return {"clean": True, "was_up": False, "processes": []}
+    if not home.is_dir():  # it may have been deleted under a living sandbox; then there is no lock, either
+        return _take_down(home, timeout_s)
     with _locked(home, time.monotonic() + timeout_s):
         return _take_down(home, timeout_s)
 
@@ -89,10 +92,30 @@ def status(directory: Path | str) -> dict[str, Any] | None:
     """The live status; None when no sandbox is up.
 
     Raises:
-        SandboxUnavailable: its supervisor lives but does not answer.
+        SandboxUnavailable: its supervisor lives but does not answer, or processes of it live and their files are gone.
     """
     home = _home(directory)
-    return SandboxClient(home).status() if is_alive(home) else None
+    if is_alive(home):
+        return SandboxClient(home).status()
+    if left := remains(home):
+        said = ", ".join(f"{name} (pid {pid})" for name, pid in left)
+        raise SandboxUnavailable(f"no state file in {home} tells of {said}; `mlchaos sandbox down` takes them down")
+    return None
+
+
+def same_config(directory: Path | str, config: SandboxConfig | None) -> None:
+    """Look whether a sandbox that is up was started as wished; one that is down may become anything.
+
+    Raises:
+        SandboxRefused: it was not; says what differs.
+    """
+    home = _home(directory)
+    if config is None or not is_alive(home):
+        return
+    there, wanted = (read_state(home) or {}).get("config") or {}, config.to_dict()
+    if there != wanted:
+        differ = _differences(there, wanted) or "cannot be read"
+        raise SandboxRefused(f"a sandbox with another configuration is up ({differ}); `mlchaos sandbox down` first")
 
 
 def is_alive(directory: Path | str) -> bool:
@@ -179,21 +202,37 @@ def _wait_ready(home: Path, end: float) -> dict[str, Any]:
     raise SandboxError(f"the sandbox was not ready in time; waiting for {'; '.join(waiting) or 'its supervisor'}")
 
 
-def _same_config(home: Path, config: SandboxConfig | None) -> None:
-    state = read_state(home) or {}
-    if config is not None and state.get("config") != config.to_dict():
-        raise SandboxRefused("a sandbox with another configuration is up; take it down first")
+def _as_it_is(home: Path, end: float) -> dict[str, Any]:
+    """The status now; of one whose caller was killed while it started, once it is ready or has had its time."""
+    client = SandboxClient(home)
+    seen = client.status()
+    end = min(end, time.monotonic() + seen["supervisor"]["started_at"] + _STARTING_S - time.time())
+    while not seen["ready"] and time.monotonic() < end:
+        time.sleep(0.1)
+        seen = client.status()
+    return seen
+
+
+def _differences(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    found: list[str] = []
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            inner = _differences(there.get(name) or {}, value, f"{name}.")  # pyright: ignore[reportUnknownArgumentType]
+            found += [inner] if inner else []
+        elif there.get(name) != value:
+            found.append(f"{prefix}{name} is {json.dumps(there.get(name))}, not {json.dumps(value)}")
+    return ", ".join(found)
 
 
 def _take_down(home: Path, timeout_s: float) -> dict[str, Any]:
     end = time.monotonic() + timeout_s
-    was_up = is_alive(home)
+    answers = is_alive(home)
     members = {(pid, name): born for name, pid, born in processes_of(home)}
     for name, child in (read_state(home) or {}).get("children", {}).items():
         if lives(child.get("pid"), child.get("create_time")):
             members.setdefault((child["pid"], name), child["create_time"])
     listed = [(name, pid, born) for (pid, name), born in members.items()]
-    if was_up:
+    if answers:
         try:
             SandboxClient(home).shutdown()
             wait_gone(listed, min(3.0, timeout_s / 2))
@@ -204,7 +243,7 @@ def _take_down(home: Path, timeout_s: float) -> dict[str, Any]:
     late = kill(processes_of(home), 2.0)
     (home / "state.json").unlink(missing_ok=True)
     evidence += late
-    return {"clean": all(entry["gone"] for entry in evidence), "was_up": was_up, "processes": evidence}
+    return {"clean": all(e["gone"] for e in evidence), "was_up": answers or bool(evidence), "processes": evidence}
 
 
 def _log_tail(home: Path) -> str:

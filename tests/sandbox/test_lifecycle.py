@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from mlchaos_dagster.sandbox import api
-from mlchaos_dagster.sandbox.api import SandboxClient, SandboxConfig, SandboxConfigError, SandboxRefused
+from mlchaos_dagster.sandbox.api import (
+    SandboxClient,
+    SandboxConfig,
+    SandboxConfigError,
+    SandboxRefused,
+    SandboxUnavailable,
+)
 
 from .conftest import Platform, eventually
 
@@ -93,6 +101,33 @@ def test_side_by_side_and_a_killed_supervisor_takes_its_children(tmp_path: Path,
     assert evidence["clean"] and evidence["was_up"]
     assert _members(tmp_path) == []
     assert platform.ask().status == 200
+
+
+def test_down_finds_a_sandbox_whose_directory_was_deleted(tmp_path: Path) -> None:
+    home = tmp_path / "state"
+    supervisor = api.up(home, ONE)["supervisor"]["pid"]
+    try:
+        shutil.rmtree(home)
+        with pytest.raises(SandboxUnavailable, match=rf"pid {supervisor}\b.*`mlchaos sandbox down`"):
+            api.status(home)
+    finally:
+        evidence = api.down(home)
+    assert evidence["clean"] and evidence["was_up"] and len(evidence["processes"]) == 6
+    assert _members(home) == []
+    assert api.down(home) == {"clean": True, "was_up": False, "processes": []}
+
+
+def test_a_broken_sandbox_is_taken_as_it_is(platform: Platform) -> None:
+    lease = platform.inject("pod_failure", "inference-1")
+    began = time.monotonic()
+    age = time.time() - platform.client.status()["supervisor"]["started_at"]
+    try:
+        found = api.up(platform.directory)
+    finally:
+        platform.client.remove_fault(lease)
+    assert not found["ready"]
+    # Only one that was started a moment ago may still be starting.
+    assert time.monotonic() - began < max(0.0, 30 - age) + 5
 
 
 def test_without_any_mechanism_every_fault_hurts(tmp_path: Path) -> None:
