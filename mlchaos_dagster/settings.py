@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlchaos_dagster.errors import ConfigError
+
 STATE_DIR = ".mlchaos"
 
 
@@ -79,6 +81,30 @@ class Settings:
     """False when `NO_COLOR` is set (no-color.org)."""
     user: str
     """Who starts runs; goes into records."""
+
+
+def resolved(value: str, env: Mapping[str, str] | None = None) -> str:
+    """What a reference (`env:NAME`, `file:PATH`) stands for, read now; any other text is itself.
+
+    Raises:
+        ConfigError: there is no such variable or file, or it is empty; names it, and never its content.
+    """
+    kind, _, name = value.partition(":")
+    if kind == "env":
+        found = (os.environ if env is None else env).get(name, "")
+    elif kind == "file":
+        try:
+            found = Path(name).expanduser().read_text()
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{value}: the file cannot be read: {getattr(e, 'strerror', '') or 'no text'}") from e
+    else:
+        return value
+    found = found.strip()
+    if not found:
+        raise ConfigError(f"{value}: {'the variable is not set' if kind == 'env' else 'the file is empty'}")
+    if not found.isprintable():
+        raise ConfigError(f"{value}: holds more than one line of text")
+    return found
 
 
 def load(env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mlchaos_dagster.engine.ports import Budget, Driver, Health, RequestSource, SignalSource, StopSource, SystemClock
 from mlchaos_dagster.errors import ConfigError, ProbeError, SpecError
-from mlchaos_dagster.settings import Home, Settings
+from mlchaos_dagster.settings import Home, Settings, resolved
 
 if TYPE_CHECKING:
     from mlchaos_dagster.domain.environment import Environment
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.engine.run import Run
     from mlchaos_dagster.probes.prometheus import PrometheusProbe
     from mlchaos_dagster.sandbox.client import SandboxClient
+    from mlchaos_dagster.sandbox.config import SandboxConfig
 
 DRIVERS = {"sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver"}
 """Backend name → class. A class is built with the directory or address that its backend needs."""
@@ -61,17 +62,46 @@ def prepare(environment: Environment, settings: Settings) -> None:
     Raises:
         ConfigError: it cannot be started; says why.
     """
+    check_surroundings(environment, settings)
     if environment.sandbox is None:
         return
     from mlchaos_dagster.sandbox import api
-    from mlchaos_dagster.sandbox.config import SandboxConfig, SandboxError
+    from mlchaos_dagster.sandbox.config import SandboxError
+
+    try:
+        api.up(settings.home.sandbox(environment.name), sandbox_config(environment))
+    except SandboxError as e:
+        raise ConfigError(f"the sandbox of environment {environment.name} cannot be used: {e}") from e
+
+
+def check_surroundings(environment: Environment, settings: Settings) -> None:
+    """Look, before anything is started: do references to secrets lead somewhere, is what is up what was described.
+
+    Raises:
+        ConfigError: no; says what is missing or differs.
+    """
+    probe_headers(environment)
+    if environment.sandbox is None:
+        return
+    from mlchaos_dagster.sandbox import api
+    from mlchaos_dagster.sandbox.config import SandboxError
+
+    try:
+        api.same_config(settings.home.sandbox(environment.name), sandbox_config(environment))
+    except SandboxError as e:
+        raise ConfigError(f"the sandbox of environment {environment.name}: {e}") from e
+
+
+def sandbox_config(environment: Environment) -> SandboxConfig:
+    """What the environment wants its sandbox to be. Raises ConfigError: it cannot be."""
+    from mlchaos_dagster.sandbox.config import SandboxConfig, SandboxConfigError
 
     options = environment.sandbox
-    config = SandboxConfig(replicas=options.replicas, mechanisms={str(k): v for k, v in options.mechanisms.items()})
+    assert options is not None
     try:
-        api.up(settings.home.sandbox(environment.name), config)
-    except SandboxError as e:
-        raise ConfigError(f"the sandbox of environment {environment.name} cannot be started: {e}") from e
+        return SandboxConfig(replicas=options.replicas, mechanisms={str(k): v for k, v in options.mechanisms.items()})
+    except SandboxConfigError as e:
+        raise ConfigError(f"the sandbox of environment {environment.name}: {e}") from e
 
 
 def build_run(
@@ -179,13 +209,14 @@ class _LateProbe:
         from mlchaos_dagster.probes.http import HttpProbe, HttpProbeConfig
 
         probe = self.environment.probe
+        headers = probe_headers(self.environment)
         self._probe = HttpProbe(
             HttpProbeConfig(
                 url=probe_url(self.environment, self.home),
                 rate_per_s=probe.rate,
                 timeout_s=probe.timeout,
                 method=probe.method,
-                headers=probe.headers,
+                headers=headers,
                 bodies=tuple(probe.bodies),
             )
         )
@@ -209,6 +240,21 @@ def probe_url(environment: Environment, home: Home) -> str:
     if not state.get("gateway_url"):
         raise ProbeError(f"the sandbox of {environment.name} is not up (mlchaos sandbox up)")
     return url.replace("{gateway}", state["gateway_url"])
+
+
+def probe_headers(environment: Environment) -> dict[str, str]:
+    """The probe's headers with references read; what is secret lives in the probe alone.
+
+    Raises:
+        ConfigError: a reference leads nowhere; names it.
+    """
+    found: dict[str, str] = {}
+    for name, value in environment.probe.headers.items():
+        try:
+            found[name] = resolved(value)
+        except ConfigError as e:
+            raise ConfigError(f"environment {environment.name}, probe.headers.{name}: {e}") from e
+    return found
 
 
 def signal_source(environment: Environment, home: Home) -> SignalSource:
@@ -316,7 +362,12 @@ def health_reader(environment: Environment, settings: Settings) -> Callable[[], 
         url = probe_url(environment, settings.home)
         probe = environment.probe
         answered = success_ratio(
-            url, _HEALTH_REQUESTS, probe.timeout, method=probe.method, bodies=probe.bodies, headers=probe.headers
+            url,
+            _HEALTH_REQUESTS,
+            probe.timeout,
+            method=probe.method,
+            bodies=probe.bodies,
+            headers=probe_headers(environment),
         )
         score, detail = answered, f"{answered:.0%} of {_HEALTH_REQUESTS} requests answered"
         if environment.sandbox is not None:

@@ -41,7 +41,7 @@ class Request:
 @click.option("--safety-threshold", metavar="0..1", help="Health score below which nothing starts.")
 @click.option("--config", metavar="FILE", help="An experiment, or the words of --type, as YAML or JSON.")
 @click.option("--shadow", is_flag=True, help="Everything but the injection.")
-@click.option("--seed", type=int, metavar="N", help="Seed of all random choices (default: from the run id).")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all random choices (default: from the run id).")
 @common
 def command(names: tuple[str, ...], **options: Any) -> None:
     """Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
@@ -52,6 +52,9 @@ def command(names: tuple[str, ...], **options: Any) -> None:
     """  # noqa: D301  click wants the real character
     app = current()
     request = prepare(app, names, options)
+    from mlchaos_dagster.wiring import check_surroundings
+
+    check_surroundings(request.environment, app.settings)
     from mlchaos_dagster.cli.execute import execute
 
     try:

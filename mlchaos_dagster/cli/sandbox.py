@@ -24,18 +24,16 @@ def up() -> None:
     from mlchaos_dagster.sandbox import api
 
     app = current()
-    options = app.environment.sandbox
-    if options is None:
+    if app.environment.sandbox is None:
         raise SpecError(
             f"the environment {app.environment.name} has no sandbox. Allowed: environments with sandbox: …",
             "--environment",
         )
+    from mlchaos_dagster.wiring import sandbox_config
+
     try:
-        config = api.SandboxConfig(
-            replicas=options.replicas, mechanisms={str(k): v for k, v in options.mechanisms.items()}
-        )
-        found = api.up(_directory(app), config)
-    except api.SandboxConfigError as e:
+        found = api.up(_directory(app), sandbox_config(app.environment))
+    except api.SandboxRefused as e:
         raise ConfigError(f"sandbox: {e}") from e
     except api.SandboxError as e:
         raise StoreError(f"sandbox: {e}") from e

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cli.conftest import Cli, fingerprint
@@ -78,7 +79,8 @@ ARGUMENTS: list[tuple[list[str], list[str]]] = [
     (["run", "--type", "x", "--target", "y", "--duration", "z"], ["--type: ", "--target: ", "--duration: "]),
     (["run", "serving-pod-failure", "--safety-threshold", "2"], ['--safety-threshold: "2" is not a health score. Allowed: 0 to 1']),
     (["run", "serving-pod-failure", "--safety-threshold", "nan"], ['--safety-threshold: "nan" is not a health score.']),
-    (["run", "serving-pod-failure", "--seed", "x"], ["mlchaos run: --seed: 'x' is not a valid integer."]),
+    (["run", "serving-pod-failure", "--seed", "x"], ["mlchaos run: --seed: 'x' is not a valid integer"]),
+    (["run", "serving-pod-failure", "--seed", "-1"], ["mlchaos run: --seed: -1 is not in the range x>=0."]),
     (["run", "--config", "/nowhere/x.yaml"], ["/nowhere/x.yaml: cannot be read: No such file or directory"]),
     (["run", "--config", "/"], ["/: a directory."]),
     (["list", "--output", "xml"], ['mlchaos list: --output/-o: no such format "xml". Allowed: text, json.']),
@@ -184,6 +186,29 @@ def test_a_pipe_is_not_waited_for(how: str, cli: Cli, tmp_path: Path) -> None:
     answer = cli(*words[how])
     assert answer.code == 2
     assert "pipe.yaml" in answer.lines[0] and "no regular file. Allowed: YAML or JSON files" in answer.lines[0]
+
+
+def test_a_sandbox_that_was_started_otherwise(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlchaos_dagster.sandbox.config import SandboxConfig
+
+    def otherwise(*_: object) -> None:
+        raise AssertionError("Dagster is not to be reached")
+
+    monkeypatch.setattr("mlchaos_dagster.cli.execute.execute", otherwise)
+    directory = home / "sandbox" / "sandbox"
+    directory.mkdir(parents=True)
+    me = {"pid": os.getpid(), "create_time": psutil.Process().create_time()}
+    config = SandboxConfig(replicas=2, mechanisms={"retries": False}).to_dict()
+    state = {**me, "control_url": "http://127.0.0.1:9", "token": "x", "children": {}, "config": config}
+    (directory / "state.json").write_text(json.dumps(state))
+    for words in (["run", "serving-pod-failure"], ["sandbox", "up"]):
+        answer = cli(*words)
+        assert answer.code == 2
+        (line,) = answer.err.splitlines()
+        assert "another configuration" in line and "`mlchaos sandbox down` first" in line
+        assert "replicas is 2, not 3, mechanisms.retries is false, not true" in line
 
 
 def test_duplicate_names(cli: Cli, tmp_path: Path) -> None:
