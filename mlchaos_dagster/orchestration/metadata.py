@@ -1,12 +1,14 @@
 """Records and verdicts as Dagster shows them: numbers with stable names, tables, check results.
 
-Numbers are SI (fractions 0–1, seconds), so that the UI plots them over runs. What was not measured has no number.
+Numbers are SI, so that the UI plots them over runs: seconds end in `_s` or `_seconds`, the others are fractions 0–1
+and counts. What was not measured has no number.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +23,11 @@ from mlchaos_dagster.orchestration.keys import outcome_word, python_name
 
 Row = dict[str, Any]
 Metadata = dict[str, Any]
+
+NARROW = 12
+"""Cells this short stay on one line."""
+LINE = 64
+"""What the page of an asset shows of a line; a long path beside it would widen the table and cut the words."""
 
 
 def numbers(values: Mapping[str, float | None]) -> Metadata:
@@ -40,6 +47,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue | None:
 
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
+        if len(value) <= NARROW:
+            return value.replace(" ", "\u00a0")
         return re.sub(r"(?<=\d) (?=%|ms|s\b|pp)", "\u00a0", value)  # the UI breaks lines at every space
     return "–" if value is None else value
 
@@ -164,11 +173,18 @@ def _finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
-def baseline_metadata(record_like: Mapping[str, float | None], steady: tuple[bool, str]) -> Metadata:
+def sli_key(name: str, what: str, unit: str) -> str:
+    """`availability_during`, `latency_p95_during_s`: a name that says its unit, and stays the same over runs."""
+    return f"{python_name(name)}_{what}" + ("_s" if unit == "s" else "")
+
+
+def baseline_metadata(
+    environment: Environment, record_like: Mapping[str, float | None], steady: tuple[bool, str]
+) -> Metadata:
     """SLIs before the fault."""
     held, why = steady
     return {
-        **numbers({f"{python_name(n)}_baseline": v for n, v in record_like.items()}),
+        **numbers({sli_key(n, "baseline", _unit(environment, n)): v for n, v in record_like.items()}),
         "steady": dg.MetadataValue.bool(held),
         "steady_because": why or "every objective holds",
     }
@@ -178,8 +194,7 @@ def chaos_metadata(record: RunRecord, verdict: Verdict, picture: str) -> Metadat
     """SLIs during the fault, their effects, the fault itself."""
     during: dict[str, float | None] = {}
     for name, s in verdict.slis.items():
-        stem = python_name(name)
-        during[f"{stem}_during"], during[f"{stem}_effect"] = s.during, s.effect
+        during[sli_key(name, "during", s.unit)], during[sli_key(name, "effect", s.unit)] = s.during, s.effect
     fault, abort = record.fault, record.abort
     return without_nothing(
         {
@@ -235,7 +250,7 @@ def recovery_metadata(record: RunRecord, verdict: Verdict) -> Metadata:
         }
         for row in recovery_rows(verdict)
     ]
-    after = {f"{python_name(n)}_after": s.after for n, s in verdict.slis.items()}
+    after = {sli_key(n, "after", s.unit): s.after for n, s in verdict.slis.items()}
     return without_nothing(
         {
             "recovery": table(shown),
@@ -296,17 +311,14 @@ def verdict_metadata(
     word = outcome_word(record, verdict)
     numeric: dict[str, float | None] = {}
     for name, s in ((n, s) for n, s in verdict.slis.items() if s.slo):
-        stem = python_name(name)
-        numeric[f"{stem}_during"], numeric[f"{stem}_effect"] = s.during, s.effect
+        numeric[sli_key(name, "during", s.unit)], numeric[sli_key(name, "effect", s.unit)] = s.during, s.effect
     return without_nothing(
         {
             "outcome": f"{MARK[verdict.outcome]} {word}",
-            "reason": verdict.reasons[0] if verdict.reasons else None,
+            "reason": textwrap.fill(verdict.reasons[0], LINE) if verdict.reasons else None,
             "report": dg.MetadataValue.md(markdown) if markdown else None,
             "promises": promise_table(verdict),
-            "advice": verdict.advice,
-            "report_path": dg.MetadataValue.path(report_path) if report_path else None,
-            "record_path": dg.MetadataValue.path(record_path) if record_path else None,
+            "advice": textwrap.fill(verdict.advice, LINE) if verdict.advice else None,
             "held": dg.MetadataValue.int(1 if verdict.outcome.is_pass and not record.shadow else 0),
             **numbers(
                 {
@@ -315,6 +327,8 @@ def verdict_metadata(
                     "abort_seconds": record.abort.seconds if record.abort else None,
                 }
             ),
+            "report_path": dg.MetadataValue.path(report_path) if report_path else None,
+            "record_path": dg.MetadataValue.path(record_path) if record_path else None,
         }
     )
 
@@ -376,7 +390,7 @@ def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
             "passed": held,
             "severity": severity,
             "description": "every objective held while the fault was there" if held else why,
-            "metadata": numbers({f"{python_name(n)}_during": s.during for n, s in verdict.slis.items()}),
+            "metadata": numbers({sli_key(n, "during", s.unit): s.during for n, s in verdict.slis.items()}),
         }
     r = verdict.recovery
     if r.met is not None:

@@ -115,7 +115,9 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             _, environment = pairs[graph_of(context)]
             values = phase_values(session.run.samples, environment, baseline)
             yield dg.Output(
-                md.baseline_rows(environment, values), "baseline_metrics", metadata=md.baseline_metadata(values, steady)
+                md.baseline_rows(environment, values),
+                "baseline_metrics",
+                metadata=md.baseline_metadata(environment, values, steady),
             )
             context.log.info(f"steady before: {'yes' if steady[0] else 'NO'}, {steady[1]}")
         session.steady, session.steady_because = steady

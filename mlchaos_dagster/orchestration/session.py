@@ -62,7 +62,8 @@ class StatusWatcher:
         """Read the status once."""
         run = self._instance.get_run_by_id(self._run_id)
         if run is not None and run.status in STOPPING:
-            self.ask("dagster", f"Dagster: the run is {run.status.value}")
+            failed = run.status is dg.DagsterRunStatus.FAILURE
+            self.ask("dagster", "Dagster called the run failed" if failed else "terminated in Dagster")
 
     def close(self) -> None:
         """Stop looking."""
