@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _quiet_pipe(0)
         return e.code if isinstance(e.code, int) else 0
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted; nothing was injected")
+        _say(f"interrupted{_left_open(arguments)}")
         return EXIT_INTERRUPTED
     except click.UsageError as e:
         _say(_usage(e))
@@ -177,6 +177,21 @@ def _internal(error: Exception, arguments: Sequence[str]) -> int:
         break
     _say(f"internal error {number}: {_one_line(f'{type(error).__name__}: {error}', 300)}; details {where}")
     return EXIT_INTERNAL
+
+
+def _left_open(arguments: Sequence[str]) -> str:
+    """What to look at when a fault may be live: open leases, or a ledger that does not tell."""
+    from mlchaos_dagster import settings
+    from mlchaos_dagster.engine.ledger import FileLedger
+    from mlchaos_dagster.engine.ports import SystemClock
+
+    try:
+        root = _given_home(arguments) or settings.load().home.root
+        ledger = FileLedger(settings.Home(root.expanduser().resolve()).ledger, SystemClock())
+        count = len(ledger.leases()) + len(ledger.unreadable())
+    except (OSError, ValueError, MlChaosError) as e:
+        return f"; open leases cannot be read ({e}): see `mlchaos status`"
+    return f"; open leases: {count}, see `mlchaos status`" if count else ""
 
 
 def _given_home(arguments: Sequence[str]) -> Path | None:

@@ -234,7 +234,7 @@ def test_ctrl_c_before_anything_ran_is_4(cli: Cli, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(app_module.App, "catalog", property(interrupted))
     answer = cli("run", "serving-pod-failure")
-    assert (answer.code, answer.lines) == (4, ["interrupted; nothing was injected"])
+    assert (answer.code, answer.lines) == (4, ["interrupted"])
 
 
 def test_a_reader_that_goes_away_is_no_error(home: Path) -> None:
@@ -331,6 +331,17 @@ def test_recover_takes_away_what_a_dead_run_left(cli: Cli, deaf: subprocess.Pope
     answer = cli("recover")
     assert answer.code == 0 and "nothing of it is there" in answer.out
     assert "nothing to recover" in cli("recover").out
+
+
+def test_ctrl_c_while_a_fault_may_be_live_says_where_to_look(
+    cli: Cli, deaf: subprocess.Popen[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app_module.App, "catalog", property(interrupted))
+    answer = cli("run", "serving-pod-failure", "--home", home)
+    assert (answer.code, answer.lines) == (4, ["interrupted; open leases: 1, see `mlchaos status`"])
 
 
 def test_what_cannot_be_cleaned_is_70_with_the_command(
