@@ -10,6 +10,7 @@ import dagster as dg
 
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.spec import Experiment, Suite
+from mlchaos_dagster.errors import MlChaosError
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.assets import asset_keys, check_keys
 from mlchaos_dagster.orchestration.ops import Pair
@@ -79,13 +80,8 @@ def stop_runs(
     Returns:
         What could not be done; a run whose process Dagster cannot reach hears of it by file and by status.
     """
-    problems: list[str] = []
     runs = list(runs)
-    for run in runs:
-        try:
-            platform.request_stop([run.run_id], reason)
-        except Exception as e:  # noqa: BLE001 - the other ways are still to be tried
-            problems.append(f"{run.run_id[:8]}: stop file: {e}")
+    problems = request_stops(platform, [run.run_id for run in runs], reason)
     for run in runs:
         try:
             instance.run_coordinator.cancel_run(run.run_id)
@@ -95,6 +91,27 @@ def stop_runs(
             if current is not None and current.status in ACTIVE:
                 instance.report_run_canceling(current, message=f"mlchaos: {reason}")
     return problems
+
+
+def request_stops(platform: Platform, run_ids: Sequence[str], reason: str) -> list[str]:
+    """Stop files for Dagster runs and for every experiment of theirs that runs now. Returns what could not be done."""
+    problems: list[str] = []
+    try:
+        running = platform.running()
+    except Exception as e:  # noqa: BLE001 - the ids that we know are still to be asked
+        running = ()
+        problems.append(f"active runs cannot be read: {e}")
+    for run_id in dict.fromkeys([*run_ids, *(i for i in running if of_runs(i, run_ids))]):
+        try:
+            platform.request_stop([run_id], reason)
+        except Exception as e:  # noqa: BLE001 - the others are still to be asked
+            problems.append(f"{run_id[:8]}: stop file: {e}")
+    return problems
+
+
+def of_runs(run_id: str, dagster_runs: Sequence[str]) -> bool:
+    """Whether a run of ours belongs to one of the Dagster runs: a run of several experiments names each after itself."""
+    return any(run_id == i or run_id.startswith(f"{i}.") for i in dagster_runs)
 
 
 class EmergencyStop(dg.Config):
@@ -115,12 +132,24 @@ def stop_everything(context: dg.OpExecutionContext, config: EmergencyStop) -> No
     platform: Platform = context.resources.platform
     begun = time.monotonic()
     platform.incident("emergency_stop", config.reason, run_ids=config.run_ids, lever=config.lever)
-    if not config.run_ids and config.lever:
-        platform.pull_lever(config.reason)
-    runs = [r for r in active_runs(context.instance) if not config.run_ids or r.run_id in config.run_ids]
+    # Nothing that fails here keeps the next line from stopping somebody: it is told at the end.
+    failed: list[str] = []
+    everything = not config.run_ids
+    if everything and config.lever:
+        try:
+            platform.pull_lever(config.reason)
+        except MlChaosError as e:
+            failed.append(f"the lever: {e}")
+    runs = [r for r in active_runs(context.instance) if everything or r.run_id in config.run_ids]
     known = {r.run_id for r in runs}
-    platform.request_stop([i for i in config.run_ids if i not in known], config.reason)
-    for problem in stop_runs(platform, context.instance, runs, config.reason):
+    others = [i for i in config.run_ids if i not in known]
+    if everything:
+        try:
+            others = [i for i in platform.running() if not of_runs(i, sorted(known))]
+        except MlChaosError as e:
+            failed.append(f"active runs cannot be read: {e}")
+    failed += request_stops(platform, others, config.reason)
+    for problem in [*failed, *stop_runs(platform, context.instance, runs, config.reason)]:
         context.log.warning(problem)
     end = begun + config.within_s * 0.6
     while (held := _held(platform, config.run_ids)) and time.monotonic() < end:
@@ -133,11 +162,13 @@ def stop_everything(context: dg.OpExecutionContext, config: EmergencyStop) -> No
     )
     if left:
         raise dg.Failure(f"faults may be live: {', '.join(lease.id for lease in left)}. Type: mlchaos recover")
+    if failed:
+        raise dg.Failure(f"not all could be asked to stop: {'; '.join(failed)}", allow_retries=False)
     context.log.info(f"clean after {seconds:.2f} s; {len(runs)} runs were asked to stop")
 
 
 def _held(platform: Platform, run_ids: Sequence[str]) -> list[Any]:
-    return [lease for lease in platform.leases() if not run_ids or lease.run_id in run_ids]
+    return [lease for lease in platform.leases() if not run_ids or of_runs(lease.run_id, run_ids)]
 
 
 @dg.op(required_resource_keys={"platform"})

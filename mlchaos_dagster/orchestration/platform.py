@@ -11,6 +11,7 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Budget, Lease, StopSource, SystemClock
@@ -138,6 +139,10 @@ class RealPlatform:
     def _ledger(self) -> FileLedger:
         return FileLedger(self.settings.home.ledger, SystemClock())
 
+    def running(self) -> tuple[str, ...]:
+        """Active runs, of any process."""
+        return tuple(r.run_id for r in ActiveRuns(self.settings.home.active, SystemClock()).running())
+
     def request_stop(self, run_ids: Sequence[str], reason: str) -> None:
         """Stop files, for runs of any process."""
         for run_id in run_ids:
@@ -146,6 +151,10 @@ class RealPlatform:
     def pull_lever(self, reason: str) -> None:
         """Stop everything and keep new runs out."""
         StopFiles(self.settings.home).pull_lever(reason)
+
+    def lever(self) -> str | None:
+        """The reason while the lever is pulled."""
+        return StopFiles(self.settings.home).lever()
 
     def release_lever(self) -> bool:
         """Let runs in again; False when it was not pulled."""

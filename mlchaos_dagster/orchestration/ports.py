@@ -136,12 +136,20 @@ class Platform(Protocol):
         """Open leases: faults that may be live."""
         ...
 
+    def running(self) -> tuple[str, ...]:
+        """Ids of runs, of any process, that have begun and not ended. Raises StoreError."""
+        ...
+
     def request_stop(self, run_ids: Sequence[str], reason: str) -> None:
         """Ask runs, of any process, to stop."""
         ...
 
     def pull_lever(self, reason: str) -> None:
         """Stop everything and keep new runs out until released."""
+        ...
+
+    def lever(self) -> str | None:
+        """The reason while the lever is pulled."""
         ...
 
     def release_lever(self) -> bool:

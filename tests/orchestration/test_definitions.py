@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 import pytest
+import yaml
+from dagster._utils.tags import TagConcurrencyLimitsCounter
 from sim_platform import SimPlatform, environment, experiment
 
 from mlchaos_dagster.domain.spec import Suite
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.definitions import Library, build_definitions, load
+from mlchaos_dagster.orchestration.jobs import operations
 from mlchaos_dagster.orchestration.ops import OPS, make_ops, refuse_retry
 
 SUITE = Suite.model_validate(
@@ -35,6 +41,23 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
         (env,), (experiment("one"), experiment("two"), experiment("elsewhere", target="nowhere")), (SUITE,)
     )
     return build_definitions(library, SimPlatform(tmp_path_factory.mktemp("home")))
+
+
+def test_the_queue_lets_one_experiment_into_an_environment_and_never_holds_an_operation() -> None:
+    path = Path(__file__).parents[2] / "dagster.yaml"
+    limits = yaml.safe_load(path.read_text())["concurrency"]["runs"]["tag_concurrency_limits"]
+
+    def queued(of: str, **changes: Any) -> dg.DagsterRun:
+        one = experiment(of, target=changes.pop("target", "prediction-service"))
+        return dg.DagsterRun(job_name="j", tags=keys.run_tags(one, environment(**changes)))
+
+    def blocked(item: dg.DagsterRun) -> bool:
+        return TagConcurrencyLimitsCounter(limits, [queued("one")]).is_blocked(item)
+
+    assert blocked(queued("two", target="feature-store")), "its targets share gateway and SLIs"
+    assert not blocked(queued("two", name="elsewhere"))
+    for job in operations((environment(),), (experiment("one"),)):
+        assert not blocked(dg.DagsterRun(job_name=job.name, tags=dict(job.tags))), job.name
 
 
 @pytest.mark.req("RD")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from typing import Any
 
 import dagster as dg
@@ -12,6 +13,9 @@ import pytest
 from sim_platform import SimPlatform, environment, experiment
 
 from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.engine.active import ActiveRuns
+from mlchaos_dagster.engine.ports import Lease, SystemClock
+from mlchaos_dagster.engine.processes import current_owner
 from mlchaos_dagster.errors import ProbeError
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.definitions import resources
@@ -133,11 +137,13 @@ def test_emergency_stop_while_an_experiment_runs(run: Any, platform: SimPlatform
         # In a thread, as Dagster would do it in another process: the experiment goes on meanwhile.
         thread = threading.Thread(target=lambda: results.append(operate(platform, instance, "emergency_stop")))
         thread.start()
-        time.sleep(2.0)
+        end = time.monotonic() + 60
+        while not (platform.root / "stop" / "lever").exists() and time.monotonic() < end:
+            time.sleep(0.02)
 
     platform.prepare = lambda world, _: world.at.update({world.clock.t + 9.0: emergency})
     stopped = run()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not results and time.monotonic() < end:
         time.sleep(0.05)
     assert results and results[0].success
@@ -153,6 +159,51 @@ def test_emergency_stop_while_an_experiment_runs(run: Any, platform: SimPlatform
     assert refused is not None and refused.outcome is Outcome.REFUSED
     assert operate(platform, instance, "release_lever").success
     assert not (platform.root / "stop" / "lever").exists()
+
+
+def test_one_wrong_id_keeps_nobody_from_being_stopped(platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    """A Dagster run of several experiments holds its lease, and looks for its stop file, under `<run>.<experiment>`."""
+    run_id, ours = str(uuid.uuid4()), current_owner()
+    stored = dg.DagsterRun(
+        job_name="j", run_id=run_id, status=dg.DagsterRunStatus.STARTED, tags={keys.TAG_KIND: "experiment"}
+    )
+    instance.add_run(stored)
+    active = ActiveRuns(platform.settings.home.active, SystemClock())
+    for other in (f"{run_id}.one", f"{run_id}-other"):
+        active.announce(other, "one", "sim", ours, time.time(), 60.0)
+    platform.ledger().open(
+        Lease(
+            id="l1",
+            run_id=f"{run_id}.one",
+            experiment="one",
+            environment="sim",
+            driver="fake",
+            kind="pod_failure",
+            targets=("replica-1",),
+            params={},
+            undo={},
+            duration_s=10.0,
+            opened_wall=0.0,
+            deadline_wall=9e9,
+            owner=ours,
+        )
+    )
+    config = {"run_ids": ["../../wrong", run_id], "within_s": 0.2}
+    result = operate(platform, instance, "emergency_stop", config)
+    assert not result.success
+    failure = next(e for e in result.all_events if e.is_step_failure)
+    assert "is not a run id" in str(failure.step_failure_data)
+    assert sorted(f.name for f in (platform.root / "stop").iterdir()) == [f"run-{run_id}", f"run-{run_id}.one"]
+    assert platform.recovered == [f"{run_id}.one"] and not platform.leases()
+    found = instance.get_run_by_id(run_id)
+    assert found is not None and found.status is dg.DagsterRunStatus.CANCELING
+
+
+def test_runs_that_dagster_does_not_know_are_stopped_too(platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    active = ActiveRuns(platform.settings.home.active, SystemClock())
+    active.announce("of-the-command-line", "one", "sim", current_owner(), time.time(), 60.0)
+    assert operate(platform, instance, "emergency_stop", {"lever": False}).success
+    assert (platform.root / "stop" / "run-of-the-command-line").is_file()
 
 
 def test_preflight_says_what_is_missing(platform: SimPlatform, instance: dg.DagsterInstance) -> None:
