@@ -13,7 +13,7 @@ import click
 
 from mlchaos_dagster.cli.app import App
 from mlchaos_dagster.domain.environment import Environment
-from mlchaos_dagster.domain.outcome import Outcome, counted, exit_code_of
+from mlchaos_dagster.domain.outcome import EXIT_INTERNAL, EXIT_USAGE, Outcome, counted, exit_code_of
 from mlchaos_dagster.domain.spec import Experiment
 
 if TYPE_CHECKING:
@@ -56,22 +56,34 @@ def execute(
         seed=seed,
         suite=suite,
     )
-    for number, experiment in enumerate(experiments, 1):
-        if len(experiments) > 1:
-            app.note(f"{number} of {len(experiments)}  {experiment.name}")
-        with _progress(experiment, environment, shadow) as relay.target:
-            result = next(results, None)
-        if result is None:
-            break
-        outcomes.append(_outcome(result))
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run's exit code still counts
-            _show(app, result, experiment)
+    wrong: set[int] = set()
+    try:
+        for number, experiment in enumerate(experiments, 1):
+            if len(experiments) > 1:
+                app.note(f"{number} of {len(experiments)}  {experiment.name}")
+            with _progress(experiment, environment, shadow) as relay.target:
+                result = next(results, None)
+            if result is None:
+                break
+            if result.kind == "usage":
+                wrong.add(len(outcomes))
+            outcomes.append(_outcome(result))
+            with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run's exit code still counts
+                _show(app, result, experiment, environment, shadow)
+            if result.cancelled:
+                break
+    except KeyboardInterrupt:
+        if not outcomes:
+            raise
+        app.note("ABORTED  interrupted; `mlchaos status` shows whether anything is left")
     left = [e.name for e in experiments[len(outcomes) :]]
     if left:
         app.note(f"not started, because a run was stopped: {', '.join(left)}")
     if len(outcomes) > 1:
         app.note(_summary(outcomes))
-    return exit_code_of(outcomes) if outcomes else Outcome.ERROR.exit_code
+    # What was asked for and not run is no pass, whatever the others found.
+    code = exit_code_of([*(o for i, o in enumerate(outcomes) if i not in wrong), *([Outcome.ABORTED] if left else [])])
+    return EXIT_USAGE if wrong and code not in (Outcome.UNCLEAN.exit_code, EXIT_INTERNAL) else code
 
 
 @contextlib.contextmanager
@@ -88,23 +100,27 @@ def _progress(experiment: Experiment, environment: Environment, shadow: bool) ->
 def _outcome(result: LaunchResult) -> Outcome:
     """An error of ours is one, unless something worse (a fault that may be live) was found."""
     if result.verdict is None:
-        return Outcome.ERROR
+        return Outcome.ABORTED if result.cancelled else Outcome.ERROR
     if result.error and result.verdict.outcome is not Outcome.UNCLEAN:
         return Outcome.ERROR
     return counted(result.verdict.outcome, result.record is not None and result.record.shadow)
 
 
-def _show(app: App, result: LaunchResult, experiment: Experiment) -> None:
+def _show(app: App, result: LaunchResult, experiment: Experiment, environment: Environment, shadow: bool) -> None:
     for problem in result.problems:
         app.note(problem)
+    outcome = _outcome(result)
     record_path = str(result.record_path) if result.record_path else None
     report_path = str(result.report_path) if result.report_path else None
     if result.record is None or result.verdict is None:
-        app.dump(
-            {"run_id": result.run_id, "experiment": experiment.name, "outcome": "ERROR", "reasons": [result.error]}
-        )
-        app.note(f"error: {experiment.name}, run {result.run_id}: {result.error}")
+        from mlchaos_dagster.evidence.json_output import unjudged_json
+
+        app.dump(unjudged_json(result.run_id, experiment, environment, outcome, result.error, shadow=shadow))
+        word = "error:" if outcome is Outcome.ERROR else f"{outcome.value} "
+        app.note(f"{word} {experiment.name}, run {result.run_id}: {result.error}")
         return
+    if result.error:
+        app.note(f"error: {experiment.name}, run {result.run_id}: {result.error}")
     if app.json:
         from mlchaos_dagster.evidence.json_output import run_json
 

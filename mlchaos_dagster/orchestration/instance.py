@@ -33,8 +33,10 @@ def open_instance(home: Home) -> dg.DagsterInstance:
         overrides = _overrides(project, home)
         reference = InstanceRef.from_dir(str(home.dagster), config_dir=str(project), overrides=overrides)
         return dg.DagsterInstance.from_ref(reference)
-    except (dg.DagsterError, OSError, yaml.YAMLError) as e:
-        raise ConfigError(f"Dagster's storage cannot be opened: {str(e).splitlines()[0]}") from e
+    except Exception as e:
+        # Of Dagster, of YAML, of whatever database it is: nothing was touched.
+        what = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(f"Dagster's storage cannot be opened: {what}") from e
 
 
 def _overrides(project: Path, home: Home) -> dict[str, Any]:

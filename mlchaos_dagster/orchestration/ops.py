@@ -7,7 +7,7 @@ no op has a retry policy, and the fault lives and dies inside one op.
 # No postponed annotations here: Dagster reads the type of `context` when an op is made.
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import dagster as dg
 
@@ -75,14 +75,21 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         experiment, environment = pairs[graph_of(context)]
         run = context.instance.get_run_by_id(context.run_id)
         tags = dict(run.tags) if run else {}
-        session = sessions_of(context).begin(
-            experiment,
-            environment,
-            instance=context.instance,
-            run_id=context.run_id,
-            tags=tags,
-            alone=_alone(context, pairs),
-        )
+        sessions = sessions_of(context)
+        if sessions.stopped:
+            end_cancelled(context, sessions.stopped)
+        try:
+            session = sessions.begin(
+                experiment,
+                environment,
+                instance=context.instance,
+                run_id=context.run_id,
+                tags=tags,
+                alone=_alone(context, pairs),
+            )
+        except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
+            # Bringing the environment up takes seconds. There is no run yet that could tell of this.
+            end_cancelled(context, "interrupted before it began")
         guards = ()
         with session.interruptible("checking guards"):
             if missing := {k: v for k, v in keys.run_tags(experiment, environment).items() if k not in tags}:
@@ -189,6 +196,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         # After the verdict, so that the UI counts them as results on this verdict and not on the one before.
         for name, arguments in md.checks(record, verdict, session.steady_because).items():
             yield check(context, name, arguments)
+        stopped = session.stopped
         session.stop.close()
         if record.error or verdict.outcome.value in ("UNCLEAN", "ERROR"):
             # Our own error, or a fault that may be live: never a green run.
@@ -197,8 +205,8 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
                 metadata={"clear it with": record.clean.command} if record.clean and record.clean.command else None,
                 allow_retries=False,
             )
-        if session.cancelled:
-            end_cancelled(context, session.cancelled)
+        if stopped:
+            end_cancelled(context, stopped)
 
     return {o.name: o for o in (check_guards, measure_baseline, run_fault_window, judge, report)}
 
@@ -234,7 +242,7 @@ def refuse_retry(context: dg.OpExecutionContext) -> None:
         raise dg.Failure("refusing to run a second time: a retry would inject again", allow_retries=False)
 
 
-def end_cancelled(context: dg.OpExecutionContext, reason: str) -> None:
+def end_cancelled(context: dg.OpExecutionContext, reason: str) -> NoReturn:
     """Re-raise the cancellation, now that all is told. Dagster calls an interrupt that nobody announced a failure."""
     run = context.instance.get_run_by_id(context.run_id)
     if run is not None and run.status not in STOPPING:

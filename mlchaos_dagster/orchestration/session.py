@@ -22,6 +22,7 @@ import dagster as dg
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import AbortFacts, RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.errors import SpecError
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.interrupts import Noted
 from mlchaos_dagster.orchestration.ports import LiveRun, Platform, Progress, Published
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Seconds between two looks at the run's status. Runs started by the CLI cannot be reached otherwise."""
+
+SEED_DIGITS = 18
+"""A seed that every reader of a record can hold."""
 
 STOPPING = frozenset({dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE})
 WORD_OF_SOMEBODY = frozenset({"signal", "dagster", "stop", "lever"})
@@ -131,12 +135,30 @@ class Session:
     def finish(self) -> RunRecord:
         """Probes stopped, record saved. Idempotent."""
         if self.record is None:
+            late = self._late()
             self.record = self._told(self.run.finish())
             self.samples = self.run.samples
             abort = self.record.abort
             if abort is not None and abort.cause in WORD_OF_SOMEBODY:
                 self.cancelled = self.cancelled or abort.reason
+            if self.record.fault is not None:
+                self.cancelled = self.cancelled or late
         return self.record
+
+    def _late(self) -> str:
+        """Somebody's word that came when the fault was gone: the outcome stands, but nothing comes after this run."""
+        if said := str(getattr(self.run, "stopped_late", "")):
+            return said
+        # Asked before the run is finished: its stop file goes with it. A window that closes is nobody's word.
+        sources = [s for s in getattr(self.run, "stops", ()) if not isinstance(s, WindowEnd)]
+        asked = next((a for s in sources if (a := s.requested()) is not None), None)
+        return asked[1] if asked is not None and asked[0] in WORD_OF_SOMEBODY else ""
+
+    @property
+    def stopped(self) -> str:
+        """Why nothing may come after this run; empty when nobody said so."""
+        asked = self.stop.requested()
+        return self.cancelled or (asked[1] if asked else "")
 
     def _told(self, record: RunRecord) -> RunRecord:
         """An interrupt that came before the engine could note it: in the guards, or between two ops."""
@@ -228,6 +250,12 @@ class Sessions:
         self._open: dict[str, Session] = {}
         self._pid = os.getpid()
         self._noted = Noted(self._interrupted)
+        self._interrupt = ""
+
+    @property
+    def stopped(self) -> str:
+        """Why no further experiment of this Dagster run may begin; empty when nobody said so."""
+        return self._interrupt or next((s.stopped for s in self._open.values() if s.stopped), "")
 
     def begin(
         self,
@@ -240,18 +268,19 @@ class Sessions:
         alone: bool,
     ) -> Session:
         """Build the engine's run. Raises MlChaosError: nothing was touched."""
+        seed, not_after = seed_of(tags), not_after_of(tags)
         name = keys.graph_name(experiment.name, environment.name)
         record_id = run_id if alone else f"{run_id}.{experiment.name}"
         stop = StatusWatcher(instance, run_id)
         stops: list[Any] = [stop, LauncherGone()]
-        if not_after := tags.get(keys.TAG_NOT_AFTER):
-            stops.append(WindowEnd(datetime.fromisoformat(not_after), self.platform.now))
+        if not_after is not None:
+            stops.append(WindowEnd(not_after, self.platform.now))
         run = self.platform.build_run(
             experiment,
             environment,
             run_id=record_id,
             shadow=tags.get(keys.TAG_SHADOW) == "true",
-            seed=int(tags[keys.TAG_SEED]) if keys.TAG_SEED in tags else None,
+            seed=seed,
             started_by=started_by(tags),
             progress=self.progress,
             stops=stops,
@@ -262,6 +291,7 @@ class Sessions:
         return session
 
     def _interrupted(self, signal_name: str) -> None:
+        self._interrupt = self._interrupt or f"{signal_name} received"
         for session in self._open.values():
             session.cancel(f"{signal_name} received")
 
@@ -287,6 +317,36 @@ class Sessions:
                 session.close()
         finally:
             self._noted.end()
+
+
+def seed_of(tags: Mapping[str, str]) -> int | None:
+    """The seed that a run was given. Raises SpecError: it is none."""
+    text = tags.get(keys.TAG_SEED)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= SEED_DIGITS):
+        raise SpecError(
+            f'"{text}" is not a seed. Allowed: a whole number from 0, at most {SEED_DIGITS} digits.',
+            f"tag {keys.TAG_SEED}",
+        )
+    return int(text)
+
+
+def not_after_of(tags: Mapping[str, str]) -> datetime | None:
+    """When the suite's window closes. Raises SpecError: the tag says no time."""
+    text = tags.get(keys.TAG_NOT_AFTER)
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        raise SpecError(
+            f'"{text}" is not a time. Allowed: such as 2026-11-23T05:00:00+00:00, with an offset.',
+            f"tag {keys.TAG_NOT_AFTER}",
+        )
+    return found
 
 
 def started_by(tags: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ CODES = {"HELD": 0, "DEVIATED": 1, "REFUSED": 3, "ABORTED": 4, "INCONCLUSIVE": 5
 RUNS = {run.verdict.outcome.value: run for name, run in sorted(all_runs().items()) if not run.record.shadow}
 
 
-def result(run: Run | None, *, error: str = "", cancelled: bool = False) -> SimpleNamespace:
+def result(run: Run | None, *, error: str = "", cancelled: bool = False, kind: str = "") -> SimpleNamespace:
     return SimpleNamespace(
         run_id=run.record.run_id if run else "r-1",
         record=run.record if run else None,
@@ -30,6 +30,7 @@ def result(run: Run | None, *, error: str = "", cancelled: bool = False) -> Simp
         record_path=Path("/x/record.json"),
         report_path=None,
         error=error,
+        kind=kind,
         cancelled=cancelled,
         overhead_s=0.25,
         problems=("the report could not be written: disk full",) if error else (),
@@ -102,6 +103,39 @@ def test_a_run_without_a_record_is_an_error_of_ours(launched: Any) -> None:
     assert answer.code == 6
     assert json.loads(answer.out)["reasons"] == ["the sandbox cannot be started"]
     assert "disk full" in answer.err
+
+
+def test_what_never_began_because_somebody_said_stop_is_aborted(launched: Any) -> None:
+    stopped = result(None, error="interrupted before it began; nothing was injected", cancelled=True)
+    answer = launched([stopped], "--suite", "smoke", "-o", "json")
+    assert answer.code == 4
+    assert json.loads(answer.out)["outcome"] == "ABORTED"
+    assert "ABORTED  " in answer.err and "error:" not in answer.err
+    assert "not started, because a run was stopped" in answer.err
+
+
+def test_a_suite_that_was_not_run_to_its_end_is_no_pass(launched: Any) -> None:
+    """Ctrl-C while the first run looked at its recovery, or was judged: its own outcome stands."""
+    answer = launched([result(RUNS["HELD"], cancelled=True)], "--suite", "smoke")
+    assert answer.code == 4 and answer.out.startswith("HELD")
+    assert launched([result(RUNS["HELD"], cancelled=True)], "serving-pod-failure").code == 0
+
+
+def test_an_interrupt_between_runs_keeps_what_was_found(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlchaos_dagster.cli.execute._show", interrupted)
+    answer = launched([result(RUNS["UNCLEAN"])], "--suite", "smoke")
+    assert answer.code == 70 and "not started, because a run was stopped" in answer.err
+
+
+def test_wrong_surroundings_are_a_usage_error(launched: Any) -> None:
+    wrong = result(None, error="the sandbox is up with another configuration", kind="usage")
+    assert launched([wrong], "serving-pod-failure").code == 2
+    names = ("serving-pod-failure", "serving-pod-delete")
+    assert launched([result(RUNS["HELD"]), wrong], *names).code == 2
+    assert launched([result(RUNS["UNCLEAN"]), wrong], *names).code == 70
 
 
 def test_an_error_of_ours_never_hides_a_fault_that_may_be_live(launched: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 import uuid
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from sim_platform import SimPlatform, environment, experiment
 
 from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.errors import ConfigError, SpecError
 from mlchaos_dagster.orchestration import keys
-from mlchaos_dagster.orchestration.launch import launch
+from mlchaos_dagster.orchestration.launch import LaunchResult, launch
+from mlchaos_dagster.orchestration.session import not_after_of, seed_of
 
 ALL = set(keys.PHASES)
 
@@ -287,3 +290,134 @@ def test_launch_stops_after_a_cancelled_run(platform: SimPlatform) -> None:
     found = list(launch([experiment("one"), experiment("two")], environment(), platform.settings, platform=platform))
     assert len(found) == 1 and found[0].cancelled
     assert found[0].verdict is not None and found[0].verdict.outcome is Outcome.ABORTED
+
+
+def two(platform: SimPlatform, **more: Any) -> list[LaunchResult]:
+    both = [experiment("one"), experiment("two")]
+    return list(launch(both, environment(), platform.settings, platform=platform, **more))
+
+
+def calling(monkeypatch: pytest.MonkeyPatch, method: str, hook: Any) -> None:
+    """`hook` is called as the platform's method begins."""
+    former = getattr(SimPlatform, method)
+
+    def called(self: SimPlatform, *of: Any, **more: Any) -> Any:
+        hook(self)
+        return former(self, *of, **more)
+
+    monkeypatch.setattr(SimPlatform, method, called)
+
+
+def test_ctrl_c_while_the_recovery_is_sampled_stops_the_suite(platform: SimPlatform) -> None:
+    def progress(kind: str, data: dict[str, Any]) -> None:
+        if kind == "moment" and data["name"] == "proven_clean":
+            ctrl_c("")
+
+    found = two(platform, progress=progress)
+    assert len(found) == 1 and found[0].cancelled and len(platform.worlds) == 1
+    assert found[0].verdict is not None, "its own outcome stands"
+
+
+def test_a_stop_file_while_the_recovery_is_sampled_stops_the_suite(platform: SimPlatform) -> None:
+    def progress(kind: str, data: dict[str, Any]) -> None:
+        if kind == "moment" and data["name"] == "proven_clean":
+            platform.request_stop(list(platform.worlds), "enough")
+
+    found = two(platform, progress=progress)
+    assert len(found) == 1 and found[0].cancelled and len(platform.worlds) == 1
+
+
+@pytest.mark.parametrize("method", ["judge", "publish"])
+def test_ctrl_c_while_it_is_judged_or_reported_stops_the_suite(
+    platform: SimPlatform, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calling(monkeypatch, method, lambda _: ctrl_c(""))
+    found = two(platform)
+    assert len(found) == 1 and found[0].cancelled and len(platform.worlds) == 1
+    assert found[0].verdict is not None and found[0].verdict.outcome is Outcome.HELD and not found[0].error
+
+
+def test_ctrl_c_while_the_environment_is_brought_up_stops_the_suite(
+    platform: SimPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calling(monkeypatch, "build_run", lambda _: ctrl_c(""))
+    found = two(platform)
+    assert len(found) == 1 and found[0].cancelled and not platform.world.injections
+    assert found[0].record is None and found[0].error.startswith("interrupted before it began")
+
+
+def test_the_lever_between_two_runs_stops_the_suite(platform: SimPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    calling(monkeypatch, "publish", lambda p: p.pull_lever("enough"))
+    found = two(platform)
+    assert len(found) == 1 and found[0].cancelled and len(platform.worlds) == 1
+    platform.worlds.clear()
+    refused = two(platform)
+    assert [r.verdict.outcome.value for r in refused if r.verdict] == ["REFUSED", "REFUSED"], "each says why"
+
+
+def test_ctrl_c_while_one_of_several_is_judged_begins_no_other(
+    run: Any, platform: SimPlatform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calling(monkeypatch, "judge", lambda _: ctrl_c(""))
+    run_id = str(uuid.uuid4())
+    assert not run(experiment("one"), experiment("two"), run_id=run_id).success
+    assert len(platform.worlds) == 1
+    found = instance.get_run_by_id(run_id)
+    assert found is not None and found.status is dg.DagsterRunStatus.CANCELED
+
+
+def test_the_error_of_ours_is_told_and_not_its_cause(platform: SimPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: SimPlatform) -> None:
+        try:
+            raise RuntimeError("address in use")
+        except RuntimeError as e:
+            raise ConfigError("the sandbox is up with another configuration") from e
+
+    calling(monkeypatch, "build_run", refused)
+    found = two(platform)
+    assert [(r.error, r.kind, r.cancelled) for r in found] == [
+        ("the sandbox is up with another configuration", "usage", False)
+    ] * 2
+
+
+@pytest.mark.parametrize("text", ["-3", "x", "1.5", "", "²"])
+def test_a_seed_that_is_none(text: str) -> None:
+    with pytest.raises(SpecError, match="not a seed"):
+        seed_of({keys.TAG_SEED: text})
+    assert seed_of({keys.TAG_SEED: "7"}) == 7 and seed_of({}) is None
+
+
+@pytest.mark.parametrize("text", ["soon", "2026-11-23T05:00:00"])
+def test_an_end_of_the_window_that_is_none(text: str) -> None:
+    with pytest.raises(SpecError, match="not a time"):
+        not_after_of({keys.TAG_NOT_AFTER: text})
+
+
+def test_a_wrong_seed_fails_before_anything_is_injected(platform: SimPlatform) -> None:
+    (found,) = launch([experiment("one")], environment(), platform.settings, platform=platform, seed=-3)
+    assert found.kind == "usage" and '"-3" is not a seed' in found.error
+    assert not platform.worlds
+
+
+def test_a_full_disk_keeps_the_verdict(
+    platform: SimPlatform, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From the window on Dagster stores nothing any more."""
+    full: list[str] = []
+    former = dg.DagsterInstance.handle_new_event
+
+    def store(self: Any, event: Any, **more: Any) -> Any:
+        if full:
+            raise sqlite3.OperationalError("database or disk is full [SQL: INSERT INTO event_logs]")
+        return former(self, event, **more)
+
+    def dispose(_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(dg.DagsterInstance, "handle_new_event", store)
+    monkeypatch.setattr(dg.DagsterInstance, "dispose", dispose)
+    platform.prepare = lambda world, _: world.at.update({world.clock.t + 9.0: lambda w: full.append("")})
+    (found,) = launch([experiment("one")], environment(), platform.settings, platform=platform)
+    assert found.verdict is not None and found.verdict.outcome is Outcome.HELD and found.record is not None
+    assert "disk is full" in found.error and not found.kind
+    assert capfd.readouterr() == ("", "")
