@@ -190,6 +190,24 @@ def test_nothing_is_confirmed_without_a_look_from_before(driver: SandboxDriver, 
         driver.recover(lease)
 
 
+def test_who_takes_the_place_of_what_is_held_down_ends_the_effect(
+    driver: SandboxDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = _lease(driver, "pod_failure")
+    driver.inject(lease)
+    try:
+        eventually(lambda: driver.active(lease).effective)
+        state = api.read_state(driver.directory) or {}
+        somebody = {"pid": os.getpid(), "create_time": psutil.Process().create_time()}
+        children = {**state["children"], "inference-1": somebody}
+        with monkeypatch.context() as patched:
+            patched.setattr(api, "read_state", lambda _: {**state, "children": children})
+            seen = driver.active(lease)
+        assert seen.present and not seen.effective
+    finally:
+        driver.recover(lease)
+
+
 def test_a_link_that_breaks_in_another_way_is_not_slow(driver: SandboxDriver) -> None:
     link = "gateway->inference-2"
     lease = _lease(driver, "network_latency")
