@@ -127,7 +127,7 @@ def build_run(
     from mlchaos_dagster.engine.ledger import FileLedger
     from mlchaos_dagster.engine.processes import current_owner
     from mlchaos_dagster.engine.run import Kit, Run, quiet
-    from mlchaos_dagster.engine.stops import FileStop, SignalStop, StopFiles
+    from mlchaos_dagster.engine.stops import FileStop, LeaseStop, SignalStop, StopFiles
     from mlchaos_dagster.engine.store import RecordStore
     from mlchaos_dagster.engine.watchdog import start_watchdog
 
@@ -140,12 +140,13 @@ def build_run(
     home = settings.home
     prepare(environment, settings)
     clock, owner, stop_files = SystemClock(), current_owner(), StopFiles(home)
+    ledger = FileLedger(home.ledger, clock)
     kit = Kit(
         clock=clock,
         driver=driver(backend, home, environment.name),
         requests=request_source(environment, home),
         signals=signal_source(environment, home),
-        ledger=FileLedger(home.ledger, clock),
+        ledger=ledger,
         start_watcher=lambda: start_watchdog(
             home, run_id, owner, environment=environment.name, lease_ttl_s=environment.safety.lease_ttl
         ),
@@ -157,7 +158,7 @@ def build_run(
         gate=home.gates / f"{environment.name}.json",
         active=ActiveRuns(home.active, clock),
         stop_files=stop_files,
-        stops=[FileStop(stop_files, run_id), *stops],
+        stops=[FileStop(stop_files, run_id), LeaseStop(ledger, run_id), *stops],
         signals_deferred=lambda: cast("AbstractContextManager[StopSource]", SignalStop()),
         background=in_thread,
         versions=versions(),

@@ -7,14 +7,18 @@ import signal
 import threading
 
 import pytest
+import sim
 from file_target import make_lease
 
+from mlchaos_dagster import wiring
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import SystemClock
 from mlchaos_dagster.engine.stops import FileStop, LeaseStop, SignalStop, StopFiles
 from mlchaos_dagster.errors import LeaseRefused, SpecError, StoreError
-from mlchaos_dagster.settings import Home
+from mlchaos_dagster.settings import Home, Settings
 
 pytestmark = pytest.mark.timeout(10)
 
@@ -158,3 +162,23 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert not errors
+
+
+def test_a_run_as_it_is_wired_hears_the_word_on_its_lease(tmp_path):
+    """For who can reach the ledger only."""
+    settings = Settings(home=Home(tmp_path / "home"), environment="sim", library=(), color=False, user="tester")
+    environment = Environment.model_validate({**sim.ENVIRONMENT, "backends": {"sandbox": ["pod_failure"]}})
+    run = wiring.build_run(Experiment.model_validate(sim.EXPERIMENT), environment, settings, run_id="run-1")
+    lease = run.kit.ledger.open(make_lease())
+    assert lease.run_id == "run-1" and run.watch.stop_asked(0.0) is None
+    run.kit.ledger.request_stop(lease.id, "enough")
+    abort = run.watch.stop_asked(0.0)
+    assert abort is not None and (abort.cause, abort.reason) == ("stop", "enough")
+
+
+def test_a_ledger_that_cannot_be_read_is_no_word(home, monkeypatch):
+    def unreadable(_):
+        raise StoreError("cannot read the ledger")
+
+    monkeypatch.setattr(FileLedger, "leases", unreadable)
+    assert LeaseStop(FileLedger(home.ledger, SystemClock()), "run-1").requested() is None
