@@ -48,7 +48,8 @@ def command(names: tuple[str, ...], **options: Any) -> None:
 
     \b
     Exit code: 0 HELD · 1 DEVIATED · 2 wrong input · 3 REFUSED · 4 ABORTED · 5 INCONCLUSIVE · 6 internal error ·
-    70 UNCLEAN. Of several runs: the first of 70, 6, 4, 1, 5, 3, 0 that occurred. Ctrl-C stops and recovers.
+    70 UNCLEAN. Of several runs: the first of 70, 6, 2, 4, 1, 5, 3, 0 that occurred; 4 for what was left out after a
+    stop. Ctrl-C stops, recovers, and starts nothing more.
     """  # noqa: D301  click wants the real character
     app = current()
     request = prepare(app, names, options)

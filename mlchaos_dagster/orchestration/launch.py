@@ -133,9 +133,9 @@ class _Keeper:
         if self.verdict is not None or not getattr(self._run, "guards", ()):
             return  # told already, or there is nothing to tell: no guard was asked
         with contextlib.suppress(Exception):
-            self.record = self._run.finish()
-            self.verdict = self._platform.judge(self.record, self._run.samples)
-            self.published = self._platform.publish(self.record, self._run.samples, self.verdict)
+            record: RunRecord = self._run.finish()
+            self.record, self.verdict = record, self._platform.judge(record, self._run.samples)
+            self.published = self._platform.publish(record, self._run.samples, self.verdict)
 
     def publish(self, record: RunRecord, samples: Any, verdict: Verdict) -> Any:
         """As `Platform.publish`."""
