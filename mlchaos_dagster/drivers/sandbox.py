@@ -64,14 +64,10 @@ class SandboxDriver:
             DriverUnavailable: no sandbox answered, or a target is down already.
             DriverError: a target does not exist, or the fault does not fit it.
         """
-        status, state = self._status("undo"), api.read_state(self.directory)
-        if state is None:
+        state = api.read_state(self.directory)
+        if state is None or not api.is_alive(self.directory):
             raise DriverUnavailable(f"no sandbox is up in {self.directory}", driver=NAME, verb="undo")
         network = kind in _NETWORK
-        there = list(status["links"]) if network else [entry["name"] for entry in status["processes"]]
-        if unknown := [target for target in targets if target not in there]:
-            said = f"{kind} needs {'links' if network else 'processes'}; there is no such one: {', '.join(unknown)}"
-            raise DriverError(said, driver=NAME, verb="undo")
         found: dict[str, Any] = {
             "directory": str(self.directory.resolve()),
             "supervisor": {"pid": state["pid"], "create_time": state["create_time"]},
@@ -86,6 +82,12 @@ class SandboxDriver:
             alive = {name for name in targets if name in children and _lives(children[name])}
             found["processes"] = {name: children[name] for name in targets if name in alive}
         if down := [name for name in targets if name not in found["links"] and name not in found["processes"]]:
+            # Only now, since it asks every process: the run is waiting for its fault.
+            status = self._status("undo")
+            there = list(status["links"]) if network else [entry["name"] for entry in status["processes"]]
+            if unknown := [name for name in down if name not in there]:
+                said = f"{kind} needs {'links' if network else 'processes'}; there is no such one: {', '.join(unknown)}"
+                raise DriverError(said, driver=NAME, verb="undo")
             raise DriverUnavailable(
                 f"{', '.join(down)} is down already: no fault of ours could be told from that", driver=NAME, verb="undo"
             )
