@@ -339,18 +339,11 @@ def _sample_recovery(run: Run) -> None:
         # Somebody wants out: look only long enough to show the way back.
         end = min(end, start + 3 * recovery.dwell)
     steadiness = Steadiness(run, start)
-    run.watch.until(end, "recovery", each=lambda t: steadiness.look(t) or _told_again(run), start=start)
+    ended = run.watch.until(end, "recovery", each=steadiness.look, start=start)
+    if ended is not None and run.abort is None and ended.cause != "blind":
+        # The fault is gone already and its outcome stands; but nothing more may start.
+        run.stopped_late = ended.reason
     run.after = Span(start=start, end=run.mark("observation_ended"))
-
-
-def _told_again(run: Run) -> bool:
-    """A stop request during the recovery sampling ends it; the fault is gone already and its outcome stands."""
-    if run.abort is not None:
-        return False
-    asked = run.watch.stop_asked(run.watch.now)
-    if asked is not None:
-        run.stopped_late = asked.reason
-    return asked is not None
 
 
 class Steadiness:

@@ -240,3 +240,12 @@ def test_of_two_runs_in_one_environment_the_later_is_refused(tmp_path: Path) -> 
     first.measure_baseline()
     first.fault_window()
     assert judge(first.finish(), first.samples).outcome is Outcome.HELD
+
+
+def test_a_stop_during_the_recovery_sampling_ends_it_and_is_remembered(tmp_path: Path) -> None:
+    world = World(heal_after_s=1e6)
+    run = build(tmp_path, world)
+    world.at[world.clock.t + 18] = lambda w: setattr(w, "stop", ("stop", "enough"))
+    record = run_experiment(run)
+    assert run.stopped_late == "enough" and record.abort is None
+    assert record.after is not None and record.after.length < 5
