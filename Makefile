@@ -25,8 +25,12 @@ $(DEV_STAMP): $(RUN_STAMP)
 demo: $(RUN_STAMP)
 	$(BIN)/mlchaos run serving-pod-failure
 
+# Its sensors look every 5 s; at the level `info` the daemon would write two lines each time.
+PORT ?= 3000
 dev: $(RUN_STAMP)
-	DAGSTER_HOME=$(CURDIR) $(BIN)/dagster dev
+	@echo 'Dagster comes up at http://127.0.0.1:$(PORT) (another port: make dev PORT=3001). Ctrl-C ends it.'
+	@PYTHONWARNINGS='ignore:Function `dev_command` is superseded' DAGSTER_HOME=$(CURDIR) \
+	  $(BIN)/dagster dev -h 127.0.0.1 -p $(PORT) --log-level warning
 
 check: setup
 	$(BIN)/ruff check .

@@ -85,7 +85,10 @@ def build(environment: Environment, pairs: Sequence[Pair]) -> list[dg.AssetsDefi
             rows or [{"experiment": "none"}],
             metadata=md.without_nothing(
                 {
-                    "what changed since last week": md.table(changed) or "nothing",
+                    "what changed since last week": md.table(
+                        {k: row[k] for k in ("experiment", "since last week", "because")} for row in changed
+                    )
+                    or "nothing",
                     "experiments": md.table(rows),
                     "runs": len(runs),
                     **{f"last_{k.lower().replace(' ', '_')}": n for k, n in outcomes.items()},

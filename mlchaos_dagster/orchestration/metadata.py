@@ -26,8 +26,8 @@ Metadata = dict[str, Any]
 
 NARROW = 12
 """Cells this short stay on one line."""
-LINE = 64
-"""What the page of an asset shows of a line; a long path beside it would widen the table and cut the words."""
+LINE = 48
+"""What the page of an asset shows of a line: a long path further down widens its table, and words are cut off."""
 
 
 def numbers(values: Mapping[str, float | None]) -> Metadata:
@@ -51,6 +51,11 @@ def _cell(value: Any) -> Any:
             return value.replace(" ", "\u00a0")
         return re.sub(r"(?<=\d) (?=%|ms|s\b|pp)", "\u00a0", value)  # the UI breaks lines at every space
     return "–" if value is None else value
+
+
+def words(text: str) -> dg.MarkdownMetadataValue | None:
+    """A sentence in lines that are seen whole. The UI shows short Markdown in place, and keeps its line breaks."""
+    return dg.MetadataValue.md("  \n".join(textwrap.wrap(text, LINE))) if text else None
 
 
 def without_nothing(metadata: Mapping[str, Any]) -> Metadata:
@@ -315,10 +320,10 @@ def verdict_metadata(
     return without_nothing(
         {
             "outcome": f"{MARK[verdict.outcome]} {word}",
-            "reason": textwrap.fill(verdict.reasons[0], LINE) if verdict.reasons else None,
+            "reason": words(verdict.reasons[0]) if verdict.reasons else None,
             "report": dg.MetadataValue.md(markdown) if markdown else None,
             "promises": promise_table(verdict),
-            "advice": textwrap.fill(verdict.advice, LINE) if verdict.advice else None,
+            "advice": words(verdict.advice),
             "held": dg.MetadataValue.int(1 if verdict.outcome.is_pass and not record.shadow else 0),
             **numbers(
                 {

@@ -237,19 +237,37 @@ def nothing_left(dev: Dev, bound_s: float = 15.0) -> None:
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["dg", "check", "defs"], ["dagster", "definitions", "validate"], ["dg", "list", "components"]],
-    ids=" ".join,
-)
-def test_the_project_loads(command: list[str], tmp_path: Path) -> None:
-    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "MLCHAOS_HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False)
+def loads(command: list[str], project: Path, home: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("DAGSTER_HOME", "VIRTUAL_ENV")} | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(project),
+        "MLCHAOS_HOME": str(home),
+    }
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    if command[-1] == "components":
-        assert "mlchaos_dagster.ChaosLibrary" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["dg check defs", "dagster definitions validate"])
+def test_the_project_loads(command: str, tmp_path: Path) -> None:
+    loads(command.split(), ROOT, tmp_path)
+
+
+def test_the_component_in_a_project_of_its_own(tmp_path: Path) -> None:
+    """As the README says: `type: mlchaos_dagster.ChaosLibrary`."""
+    defs = tmp_path / "ours" / "defs" / "chaos"
+    defs.mkdir(parents=True)
+    for package in (defs.parents[1], defs.parent):
+        (package / "__init__.py").touch()
+    (defs / "defs.yaml").write_text("type: mlchaos_dagster.ChaosLibrary\nattributes: {environments: [sandbox]}\n")
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "ours"\n'
+        'code_location_target_module = "top"\n'
+    )
+    (tmp_path / "top.py").write_text((ROOT / "definitions.py").read_text())
+    loads(["dagster", "definitions", "validate", "-m", "top"], tmp_path, tmp_path / "home")
 
 
 def test_the_package_imports_nothing_until_asked() -> None:
-    free = "import sys, mlchaos_dagster as m; assert 'dagster' not in sys.modules; m.ChaosLibrary; assert 'dagster' in sys.modules"
-    subprocess.run([sys.executable, "-c", free], check=True, timeout=60)
+    lazy = "import sys, mlchaos_dagster as m; assert 'dagster' not in sys.modules; m.ChaosLibrary.__mro__; m.sys"
+    done = subprocess.run([sys.executable, "-c", lazy], capture_output=True, text=True, timeout=60, check=False)
+    assert "has no attribute 'sys'" in done.stderr, done.stderr
