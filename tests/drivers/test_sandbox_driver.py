@@ -65,7 +65,7 @@ def _lease(driver: SandboxDriver, kind: str) -> Lease:
         opened_wall=now,
         deadline_wall=now + 30,
         owner=Owner(os.getpid(), 0.0, "", ""),
-        token=1,
+        token=time.monotonic_ns(),  # tokens only ever grow: the sandbox is shared
     )
 
 

@@ -59,7 +59,11 @@ class Platform:
     def inject(self, kind: str, target: str, deadline_s: float = 30.0, **params: Any) -> str:
         """Inject under a fresh lease; return the lease id."""
         lease = next(leases)
-        self.client.add_fault(lease_id=lease, token=1, kind=kind, target=target, params=params, deadline_s=deadline_s)
+        # Tokens only ever grow, as the ledger's do: a target refuses an older one, whichever test comes first.
+        token = time.monotonic_ns()
+        self.client.add_fault(
+            lease_id=lease, token=token, kind=kind, target=target, params=params, deadline_s=deadline_s
+        )
         return lease
 
     def wait_ready(self, bound_s: float = 20.0) -> None:

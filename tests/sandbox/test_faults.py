@@ -220,18 +220,26 @@ def test_a_removed_lease_never_injects_again(platform: Platform) -> None:
 
 
 def test_the_same_request_twice_is_one_fault(platform: Platform) -> None:
+    token = time.monotonic_ns()
     for _ in range(2):
-        platform.client.add_fault(lease_id="twice", token=1, kind="pod_failure", target="inference-1", deadline_s=30)
+        platform.client.add_fault(
+            lease_id="twice", token=token, kind="pod_failure", target="inference-1", deadline_s=30
+        )
     (fault,) = platform.client.faults()
     assert len(fault["killed_pids"]) == 1
 
 
 def test_an_older_token_is_fenced(platform: Platform) -> None:
-    link = "gateway->inference-2"
+    link, base = "gateway->inference-2", time.monotonic_ns()
 
     def inject(lease: str, token: int) -> None:
         platform.client.add_fault(
-            lease_id=lease, token=token, kind="network_latency", target=link, params={"latency_ms": 1}, deadline_s=30
+            lease_id=lease,
+            token=base + token,
+            kind="network_latency",
+            target=link,
+            params={"latency_ms": 1},
+            deadline_s=30,
         )
 
     inject("new-owner", 0)
