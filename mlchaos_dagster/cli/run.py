@@ -41,7 +41,9 @@ class Request:
 @click.option("--safety-threshold", metavar="0..1", help="Health score below which nothing starts.")
 @click.option("--config", metavar="FILE", help="An experiment, or the words of --type, as YAML or JSON.")
 @click.option("--shadow", is_flag=True, help="Everything but the injection.")
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all random choices (default: from the run id).")
+@click.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all random choices (default: from the run id)."
+)
 @common
 def command(names: tuple[str, ...], **options: Any) -> None:
     """Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
