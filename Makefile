@@ -1,19 +1,26 @@
 # Everything runs from a virtual environment in .venv; `make setup` builds it once.
 PYTHON ?= python3
 BIN := .venv/bin
-# `make test` tries the slow end-to-end cells last; more workers than cores would only make the probe late.
+# The end-to-end tests mostly wait; more workers than cores would make their probes late.
 WORKERS ?= 2
 
-.PHONY: setup demo dev check test teeth kills outcomes bench clean
+.PHONY: help setup demo dev check test teeth kills outcomes bench clean
 
 # What a run needs, and what its developers need: `make demo` does not wait for the second.
 RUN_STAMP := .venv/.set-up
 DEV_STAMP := .venv/.set-up-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+help:
+	@echo "make demo   one experiment on the sandbox, from set-up to report"
+	@echo "make test   the tests           make check  lint, types, import contracts"
+	@echo "make dev    the Dagster UI      make bench  all measurements (teeth, kills, outcomes: one by one)"
+	@echo "make clean  stop everything, then remove .venv and .mlchaos"
+
 setup: $(DEV_STAMP)
 
 $(RUN_STAMP): pyproject.toml constraints.txt
+	@echo "installing into .venv: about a minute, three on a slow machine"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e .
 	touch $@
@@ -40,7 +47,7 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) tests
-	$(BIN)/python -m pytest -m e2e tests
+	$(BIN)/python -m pytest -m e2e -n $(WORKERS) --dist loadfile tests
 
 teeth: setup
 	$(BIN)/python -m benchmarks.teeth
@@ -54,7 +61,8 @@ kills: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# Nothing is deleted while a fault may be live, nor what is needed to stop the sandbox.
 clean:
-	-$(BIN)/mlchaos sandbox down --all
-	rm -rf .venv .mlchaos build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	[ ! -d .mlchaos ] || [ ! -x $(BIN)/mlchaos ] || { $(BIN)/mlchaos stop --all --reason "make clean" && $(BIN)/mlchaos sandbox down; }
+	rm -rf logs .logs_queue .venv .mlchaos build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -58,6 +58,9 @@ def _result(
             found = _effect(sli.measure, baseline.requests, during.requests, record.seed, timeout)
             if found is not None:
                 low, high = (_finite(end, timeout, shown[0], shown[1]) for end in (found.ci_low, found.ci_high))
+                if sli.shown_unit == "ratio" and low is not None and high is not None:
+                    # A share cannot rise above all nor fall below none: no interval may say so.
+                    low, high = max(low, -shown[0]), min(high, 1.0 - shown[0])
                 reliable = found.reliable
                 if found.why:
                     notes.append(found.why)

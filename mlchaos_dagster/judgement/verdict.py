@@ -128,7 +128,26 @@ def _decide(
     if record.shadow:
         return Outcome.HELD, ["Nothing was injected (shadow); every objective held."], ""
     evidence = record.fault.evidence[0] if record.fault.evidence else "seen at the target"
-    return Outcome.HELD, [f"The fault fired ({evidence}) and every objective held."], ""
+    return (
+        Outcome.HELD,
+        [f"The fault fired ({evidence}) and every objective held{_afterwards(record, slis, recovery)}."],
+        "",
+    )
+
+
+def _afterwards(record: RunRecord, slis: dict[str, SliResult], recovery: RecoveryResult) -> str:
+    """What broke once the fault was gone, although it came back in time: people must not have to look for it."""
+    broken = [
+        f"{o.sli} {show_value(slis[o.sli].after, slis[o.sli].unit)}"
+        for o in record.experiment.steady_state
+        if (value := slis[o.sli].after) is not None and not o.met_by(value)
+    ]
+    if not broken:
+        return ""
+    return (
+        f" during it; after it {' and '.join(broken)}, steady again after {show_duration(recovery.steady_s)} "
+        f"(limit {show_duration(recovery.within_s)})"
+    )
 
 
 def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:
