@@ -112,7 +112,7 @@ def _faults(environment: Environment) -> str:
         ]
         rows.append(
             (
-                f"`{kind}`" + (f" (also `{'`, `'.join(words)}`)" if words else ""),
+                f"`{kind}`" + (f" (with `--type` also `{'`, `'.join(words)}`)" if words else ""),
                 (model.__doc__ or "").strip().splitlines()[0],
                 ", ".join(params) or "–",
                 environment.backend_for(kind) or "–",
