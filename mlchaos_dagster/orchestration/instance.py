@@ -9,6 +9,8 @@ import dagster as dg
 import yaml
 from dagster._core.errors import DagsterHomeNotSetError
 from dagster._core.instance.ref import InstanceRef
+from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
+from dagster._serdes import ConfigurableClassData
 
 from mlchaos_dagster.errors import ConfigError
 from mlchaos_dagster.settings import Home
@@ -17,7 +19,8 @@ from mlchaos_dagster.settings import Home
 def open_instance(home: Home) -> dg.DagsterInstance:
     """`DAGSTER_HOME` when it is set, else the `dagster.yaml` beside the state directory, with absolute paths.
 
-    Without either, storage lies in the state directory. Relative paths in a `dagster.yaml` mean "from where I was
+    What ops print belongs to the terminal here, so no configuration makes Dagster capture it to a file: that would
+    send the live view there, too. Without either, storage lies in the state directory. Relative paths in a `dagster.yaml` mean "from where I was
     started", which is the project for `dagster dev` and anything for a command line.
 
     Raises:
@@ -25,7 +28,7 @@ def open_instance(home: Home) -> dg.DagsterInstance:
     """
     try:
         try:
-            return dg.DagsterInstance.get()
+            return _uncaptured(dg.DagsterInstance.get())
         except DagsterHomeNotSetError:
             pass
         home.dagster.mkdir(parents=True, exist_ok=True)
@@ -39,20 +42,27 @@ def open_instance(home: Home) -> dg.DagsterInstance:
         raise ConfigError(f"Dagster's storage cannot be opened: {what}") from e
 
 
+def _uncaptured(instance: dg.DagsterInstance) -> dg.DagsterInstance:
+    reference = instance.get_ref()
+    if reference.compute_logs_data.class_name == NoOpComputeLogManager.__name__:
+        return instance
+    instance.dispose()
+    ours = ConfigurableClassData(NoOpComputeLogManager.__module__, NoOpComputeLogManager.__name__, "{}\n")
+    return dg.DagsterInstance.from_ref(reference._replace(compute_logs_data=ours))
+
+
 def _overrides(project: Path, home: Home) -> dict[str, Any]:
     path = project / "dagster.yaml"
     configured: dict[str, Any] = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
     storage = configured.get("storage") or {"sqlite": {"base_dir": str(home.dagster)}}
-    found: dict[str, Any] = {"storage": _absolute(storage, project), "telemetry": {"enabled": False}}
-    for name in ("compute_logs", "local_artifact_storage"):
-        if isinstance(configured.get(name), dict):
-            found[name] = _absolute(configured[name], project)
-    if "compute_logs" not in configured:
-        # What ops print belongs to the terminal here, not to a file.
-        found["compute_logs"] = {
-            "module": "dagster._core.storage.noop_compute_log_manager",
-            "class": "NoOpComputeLogManager",
-        }
+    found: dict[str, Any] = {
+        "storage": _absolute(storage, project),
+        "telemetry": {"enabled": False},
+        "compute_logs": {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__},
+    }
+    artifacts = configured.get("local_artifact_storage")
+    if isinstance(artifacts, dict):
+        found["local_artifact_storage"] = _absolute(artifacts, project)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -283,6 +284,29 @@ def test_launch(platform: SimPlatform, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert capfd.readouterr() == ("", "")
     assert signal.getsignal(signal.SIGTERM) is before
     assert (platform.root / "dagster" / "history").is_dir()
+
+
+@pytest.mark.parametrize("how", ["project", "DAGSTER_HOME"])
+def test_the_live_view_reaches_the_terminal_whatever_dagster_yaml_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: str
+) -> None:
+    shutil.copy(Path(__file__).parents[2] / "dagster.yaml", tmp_path)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    if how == "DAGSTER_HOME":
+        monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    platform = SimPlatform(tmp_path / ".mlchaos")
+    (found,) = launch(
+        [experiment("one")],
+        environment(),
+        platform.settings,
+        platform=platform,
+        progress=lambda kind, _: os.write(2, f"live {kind}\n".encode()) and None,
+    )
+    assert found.verdict is not None and found.verdict.outcome is Outcome.HELD
+    shown = capfd.readouterr()
+    assert {"live phase", "live guard", "live moment"} <= set(shown.err.splitlines()) and not shown.out
+    assert not list(tmp_path.rglob("*.err"))
 
 
 def test_launch_stops_after_a_cancelled_run(platform: SimPlatform) -> None:
