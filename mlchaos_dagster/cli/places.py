@@ -30,6 +30,18 @@ class Places:
         self.incidents = IncidentLog(home.incidents, self.clock)
         self.store = RecordStore(home.records)
 
+    @property
+    def never_used(self) -> str:
+        """Said when there is no state directory: whoever asks most likely stands in the wrong folder; else empty."""
+        root = self.app.settings.home.root
+        if root.is_dir():
+            return ""
+        return f"no state directory at {root}: nothing was ever run from here (MLCHAOS_HOME, --home)"
+
+    def say_where(self) -> None:
+        """The state directory that was looked at, or that there is none."""
+        self.app.out(self.never_used or f"state  {self.app.settings.home.root}")
+
     def driver(self, name: str, environment: str) -> Driver:
         """As the sweeper wants it; an unreadable lease has lost its environment, then it is the chosen one."""
         return wiring.driver(name, self.app.settings.home, environment or self.app.settings.environment)

@@ -47,12 +47,14 @@ def command(leases: tuple[str, ...], dry_run: bool) -> None:
     held = known - {r.lease.id for r in found}
     app.dump(
         {
+            "home": str(app.settings.home.root),
             "dry_run": dry_run,
             "clean": not left and not (dry_run and found),
             "recovered": [r.to_json() for r in found],
             "held_by_live_runs": sorted(held) if not leases else [],
         }
     )
+    places.say_where()
     for r in found:
         target = f"{r.lease.kind or 'unknown fault'} on {', '.join(r.lease.targets) or 'unknown targets'}"
         took = f" in {r.seconds:.2f} s" if r.action == "recovered" else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current, table
-from mlchaos_dagster.errors import MlChaosError
+from mlchaos_dagster.errors import MlChaosError, SpecError
 
 if TYPE_CHECKING:
     from mlchaos_dagster.cli.places import Places
@@ -44,6 +44,7 @@ def _everything(app: App, places: Places) -> None:
     runs = runs_json(active, leases)
     app.dump(
         {
+            "home": str(app.settings.home.root),
             "environment": environment.name,
             "open_leases": leases,
             "unreadable_leases": unreadable,
@@ -55,6 +56,7 @@ def _everything(app: App, places: Places) -> None:
             "error_budget_detail": why_budget,
         }
     )
+    app.out(places.never_used or f"state         {app.settings.home.root}")
     app.out(f"environment   {environment.name}")
     app.out(f"health        {f'{health:.2f}' if health is not None else f'unknown: {why_health}'}")
     app.out(f"error budget  {f'{budget:.0%} left' if budget is not None else f'unknown: {why_budget}'}")
@@ -103,6 +105,9 @@ def _ask(read: Callable[[], float]) -> tuple[float | None, str]:
 def _one(app: App, places: Places, run: str) -> None:
     from mlchaos_dagster.cli.places import lease_json, matching, runs_json
 
+    home = str(app.settings.home.root)
+    if places.never_used:
+        raise SpecError(places.never_used, "status")
     active, open_leases = places.active.running(), places.ledger.leases()
     ids = matching(run, active, open_leases)
     if ids:
@@ -110,7 +115,8 @@ def _one(app: App, places: Places, run: str) -> None:
         runs = runs_json([r for r in active if r.run_id in ids], leases)
         state = "running" if runs else "gone, its fault may be live"
         run_id = min(ids) if not runs else runs[0]["run_id"]
-        app.dump({"run_id": run_id, "state": state, "open_leases": leases, "active_runs": runs})
+        places.say_where()
+        app.dump({"home": home, "run_id": run_id, "state": state, "open_leases": leases, "active_runs": runs})
         for r in runs:
             app.out(f"running  {_run_line(r)}")
         if not runs:
@@ -123,6 +129,7 @@ def _one(app: App, places: Places, run: str) -> None:
     reasons = list(verdict.reasons) if verdict else []
     app.dump(
         {
+            "home": home,
             "run_id": record.run_id,
             "experiment": record.experiment.name,
             "environment": record.environment.name,
@@ -134,6 +141,7 @@ def _one(app: App, places: Places, run: str) -> None:
             "active_runs": [],
         }
     )
+    places.say_where()
     app.out(f"{record.experiment.name}  run {record.run_id}  finished  {outcome}")
     for reason in reasons:
         app.out(f"  {reason}")

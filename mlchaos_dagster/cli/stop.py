@@ -45,9 +45,12 @@ def command(run: str | None, everything: bool, release: bool, reason: str) -> No
     if sum((run is not None, everything, release)) != 1:
         raise SpecError("needs exactly one of RUN, --all, --release. `mlchaos status` shows what runs.", "stop")
     places = Places(app)
+    if places.never_used:
+        raise SpecError(places.never_used, "stop")
     if release:
         released = places.stops.release_lever()
-        app.dump({"lever": None, "released": released})
+        app.dump({"home": str(app.settings.home.root), "lever": None, "released": released})
+        places.say_where()
         app.out("the lever is released: runs may start again" if released else "the lever was not pulled")
         return
     reason = reason.encode(errors="replace").decode() or f"mlchaos stop, by {app.settings.user or 'somebody'}"
@@ -228,6 +231,7 @@ def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stop
     lever = places.stops.lever()
     app.dump(
         {
+            "home": str(app.settings.home.root),
             "stopped": results,
             "clean": clean,
             "seconds": round(stopper.seconds, 3),
@@ -235,6 +239,7 @@ def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stop
             "note": stopper.finished,
         }
     )
+    places.say_where()
     for r in results:
         for line in _lines(r):
             app.out(line)

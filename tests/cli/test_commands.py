@@ -359,3 +359,18 @@ def test_what_cannot_be_cleaned_is_70_with_the_command(
     assert answer.code == 70
     assert "UNCLEAN" in answer.out and "type: mlchaos recover lease-1" in answer.out
     assert cli("recover", "lease-1").code == 70
+
+
+def test_where_it_looked_is_said(cli: Cli, home: Path) -> None:
+    assert f"state         {home}" in cli("status").out
+    assert f"state  {home}" in cli("recover").out
+    assert json.loads(cli("status", "-o", "json").out)["home"] == str(home)
+    wrong = home.parent / "elsewhere"
+    sentence = f"no state directory at {wrong}: nothing was ever run from here (MLCHAOS_HOME, --home)"
+    assert sentence in cli("status", "--home", wrong).out
+    assert sentence in cli("recover", "--home", wrong).out
+    for words in (["--all"], ["--release"], ["x"]):
+        answer = cli("stop", *words, "--home", wrong)
+        assert answer.code == 2
+        assert sentence in answer.err
+    assert not wrong.exists()
