@@ -390,12 +390,23 @@ def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
             "metadata": {},
         }
     if record.window is not None and (verdict.held is not None or inconclusive):
-        held = bool(verdict.held) and all(e.seen for e in verdict.expectations) and not inconclusive
+        # What a fault would have caused is not to be seen where nothing was injected.
+        expected = record.shadow or all(e.seen for e in verdict.expectations)
+        held = bool(verdict.held) and expected and not inconclusive
         found["steady_state_held"] = {
             "passed": held,
             "severity": severity,
-            "description": "every objective held while the fault was there" if held else why,
-            "metadata": numbers({sli_key(n, "during", s.unit): s.during for n, s in verdict.slis.items()}),
+            "description": (
+                why
+                if not held
+                else "shadow run, nothing was injected: every objective held"
+                if record.shadow
+                else "every objective held while the fault was there"
+            ),
+            "metadata": {
+                **numbers({sli_key(n, "during", s.unit): s.during for n, s in verdict.slis.items()}),
+                **({"shadow": True} if record.shadow else {}),
+            },
         }
     r = verdict.recovery
     if r.met is not None:

@@ -148,6 +148,23 @@ def test_shadow_never_counts(run: Any, platform: SimPlatform, instance: dg.Dagst
     assert "fault_fired" not in checks(result) and metadata(result, "verdict")["held"] == 0
 
 
+def test_a_shadow_run_that_held_fails_no_check(run: Any, platform: SimPlatform) -> None:
+    """Nothing was injected, so what the fault was expected to cause was not seen."""
+    result = run(experiment(expect=[{"sli": "availability", "drops": True}]), tags={keys.TAG_SHADOW: "true"})
+    verdict = platform.store().load(result.run_id)[1]
+    assert verdict is not None and verdict.expectations and not any(e.seen for e in verdict.expectations)
+    assert not severities(result) and checks(result)["steady_state_held"]
+    (held,) = (c for c in result.get_asset_check_evaluations() if c.check_name == "steady_state_held")
+    assert held.metadata["shadow"].value is True and "nothing was injected" in held.description
+
+
+def test_a_shadow_run_whose_objectives_broke_says_so(run: Any, platform: SimPlatform) -> None:
+    platform.prepare = lambda world, _: world.at.update(
+        {world.clock.t + 9.0: lambda w: setattr(w, "errors_always", 0.1)}
+    )
+    assert checks(run(tags={keys.TAG_SHADOW: "true"}))["steady_state_held"] is False
+
+
 def cancelled(platform: SimPlatform, instance: dg.DagsterInstance, run: Any, hook: Any, at: float) -> Any:
     def prepare(world: Any, run_id: str) -> None:
         world.at[world.clock.t + at] = lambda w: hook(run_id)
