@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,46 @@ from mlchaos_dagster.settings import Home
 def open_instance(home: Home) -> dg.DagsterInstance:
     """`DAGSTER_HOME` when it is set, else the `dagster.yaml` beside the state directory, with absolute paths.
 
-    What ops print belongs to the terminal here, so no configuration makes Dagster capture it to a file: that would
-    send the live view there, too. Without either, storage lies in the state directory. Relative paths in a `dagster.yaml` mean "from where I was
-    started", which is the project for `dagster dev` and anything for a command line.
+    What ops print belongs to the terminal here: no configuration makes Dagster capture it to a file, where the live
+    view would go, too. Without any configuration, storage lies in the state directory. Relative paths in a
+    `dagster.yaml` mean "from where I was started", which is the project for `dagster dev` and anything for a command
+    line.
 
     Raises:
-        ConfigError: the configuration is wrong, or the storage cannot be opened.
+        ConfigError: the configuration is wrong, the state directory cannot be written, or the storage cannot be
+            opened.
     """
+    _probe(home.root, home)
     try:
         try:
             return _uncaptured(dg.DagsterInstance.get())
         except DagsterHomeNotSetError:
             pass
-        home.dagster.mkdir(parents=True, exist_ok=True)
+        _probe(home.dagster, home)
+        for folder in home.dagster.glob("history"):
+            _probe(folder, home)
         project = home.root.parent
         overrides = _overrides(project, home)
         reference = InstanceRef.from_dir(str(home.dagster), config_dir=str(project), overrides=overrides)
         return dg.DagsterInstance.from_ref(reference)
+    except ConfigError:
+        raise
     except Exception as e:
         # Of Dagster, of YAML, of whatever database it is: nothing was touched.
         what = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError(f"Dagster's storage cannot be opened: {what}") from e
+
+
+def _probe(folder: Path, home: Home) -> None:
+    """Storage that cannot be written fails deep in Dagster, in SQL; say it first, in words."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(
+            f"state directory {home.root} cannot be written: {e.strerror or e}. Set MLCHAOS_HOME or --home"
+        ) from e
 
 
 def _uncaptured(instance: dg.DagsterInstance) -> dg.DagsterInstance:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -324,6 +325,34 @@ def test_the_live_view_reaches_the_terminal_whatever_dagster_yaml_says(
     shown = capfd.readouterr()
     assert {"live phase", "live guard", "live moment"} <= set(shown.err.splitlines()) and not shown.out
     assert not list(tmp_path.rglob("*.err"))
+
+
+@pytest.mark.parametrize("locked", [".", "dagster", "dagster/history"])
+def test_a_state_directory_that_cannot_be_written(
+    tmp_path: Path, platform: SimPlatform, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    """Root writes anywhere, so the refusal of the system is played."""
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    home = platform.settings.home
+    (home.dagster / "history").mkdir(parents=True)
+    former = tempfile.TemporaryFile
+
+    def refused(*of: Any, dir: Path, **more: Any) -> Any:
+        if dir == (home.root / locked):
+            raise PermissionError(13, "Permission denied", str(dir))
+        return former(*of, dir=dir, **more)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(dg.DagsterInstance, "from_ref", lambda *_: pytest.fail("made all the same"))
+    with pytest.raises(ConfigError, match="state directory .* cannot be written: Permission denied. Set MLCHAOS_HOME"):
+        two(platform)
+    assert not platform.worlds
+
+
+def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        two(SimPlatform(tmp_path / "file" / "home"))
 
 
 def test_launch_stops_after_a_cancelled_run(platform: SimPlatform) -> None:
