@@ -200,6 +200,8 @@ def _execute_job(
         raise_on_error=False,
         run_id=run_id,
         tags=tags,
+        # All there is: Dagster's list of runs has a target only for runs with a selection.
+        asset_selection=list(job.asset_layer.executable_asset_keys),
     )
     if not result.success:
         end.error, end.kind, end.stopped = _failure(result)
