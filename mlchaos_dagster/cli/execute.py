@@ -41,8 +41,12 @@ def execute(
     shadow: bool = False,
     seed: int | None = None,
     suite: str = "",
+    again: str | None = None,
 ) -> int:
-    """Run them in order; print each result as it is there. Returns the exit code."""
+    """Run them in order; print each result as it is there. Returns the exit code.
+
+    `again` is the command that runs them once more; None: each by its name.
+    """
     from mlchaos_dagster.orchestration.launch import launch
 
     relay, outcomes = _Relay(), list[Outcome]()
@@ -69,7 +73,7 @@ def execute(
                 wrong.add(len(outcomes))
             outcomes.append(_outcome(result))
             with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run's exit code still counts
-                _show(app, result, experiment, environment, shadow)
+                _show(app, result, experiment, environment, shadow, again)
             if result.cancelled:
                 break
     except KeyboardInterrupt:
@@ -106,7 +110,9 @@ def _outcome(result: LaunchResult) -> Outcome:
     return counted(result.verdict.outcome, result.record is not None and result.record.shadow)
 
 
-def _show(app: App, result: LaunchResult, experiment: Experiment, environment: Environment, shadow: bool) -> None:
+def _show(
+    app: App, result: LaunchResult, experiment: Experiment, environment: Environment, shadow: bool, again: str | None
+) -> None:
     for problem in result.problems:
         app.note(problem)
     outcome = _outcome(result)
@@ -131,10 +137,10 @@ def _show(app: App, result: LaunchResult, experiment: Experiment, environment: E
     from mlchaos_dagster.evidence.terminal import end_block
 
     width = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns)
-    click.echo(
-        end_block(result.record, result.verdict, color=app.color, width=width, report_path=report_path or ""),
-        color=app.color or None,
+    block = end_block(
+        result.record, result.verdict, color=app.color, width=width, report_path=report_path or "", again=again
     )
+    click.echo(block, color=app.color or None)
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:

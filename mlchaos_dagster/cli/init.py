@@ -25,7 +25,7 @@ duration: 10m                      # the sandbox shortens it and says so
 steady_state:                      # must hold before (else nothing is injected), during, and again after
   - {{sli: availability, at_least: 99%}}
   - {{sli: latency_p95, below: 300ms}}
-expect:                            # must be seen, else the result is INCONCLUSIVE and not HELD
+expect:                            # must be seen, else DEVIATED
   - {{signal: ready_replicas, drops: true}}
 recovery: {{within: 30s}}
 abort:

@@ -68,12 +68,22 @@ def command(names: tuple[str, ...], **options: Any) -> None:
             shadow=options["shadow"],
             seed=options["seed"],
             suite=options["suite"] or "",
+            again=_again(app, options),
         )
     except KeyboardInterrupt:
         # Between runs, or so early or late that the run itself could not take it: nothing is claimed here.
         app.note("ABORTED  interrupted; `mlchaos status` shows whether anything is left")
         code = _EXIT_ABORTED
     leave(code)
+
+
+def _again(app: App, options: dict[str, Any]) -> str | None:
+    """The words of this very call where a name alone would not find the experiment; else None."""
+    import shlex
+    import sys
+
+    by_name = not options["kind"] and not options["config"] and not app.given.get("library")
+    return None if by_name else f"mlchaos {shlex.join(sys.argv[1:])}"
 
 
 def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Request:

@@ -25,7 +25,8 @@ def parse_duration(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{value!r} is not a duration. Allowed: a number with a unit, such as 300ms, 10s, 5m, 1h30m")
     if isinstance(value, (int, float)):
-        raise ValueError(f"{value} has no unit. Allowed: ms, s, m, h, d, such as {value}s")
+        example = f"{value}ms or {value}s" if value >= 100 else f"{value}s"
+        raise ValueError(f"{value} has no unit. Allowed: ms, s, m, h, d, such as {example}")
     text = value.strip()
     if not re.fullmatch(_DURATION, text):
         raise ValueError(f'"{value}" is not a duration. Allowed: a number with a unit, such as 300ms, 10s, 5m, 1h30m')
@@ -45,7 +46,9 @@ def parse_fraction(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"{value!r} is not a percentage. Allowed: 0% to 100%")
     if isinstance(value, (int, float)):
-        raise ValueError(f"{value} has no unit. Allowed: a percentage, such as {value:g}% or {value * 100:g}%")
+        raise ValueError(
+            f"{value} has no unit. Allowed: a percentage, such as {value * 100 if value <= 1 else value:g}%"
+        )
     match = _PERCENT.fullmatch(value.strip())
     if not match:
         raise ValueError(f'"{value}" is not a percentage. Allowed: 0% to 100%')

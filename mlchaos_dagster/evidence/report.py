@@ -59,6 +59,7 @@ def render_html(
         r=record,
         v=verdict,
         words=words,
+        again=words.again_command(record) if _shipped(record.experiment.name) else "",
         outcome=words.shown_outcome(record, verdict),
         glyph=words.GLYPHS[verdict.outcome],
         explanation=words.explanation(record, verdict),
@@ -143,6 +144,11 @@ def _counted_from(record: RunRecord) -> str:
     if record.window is not None and recovery_origin(record) == record.window.start:
         return "All parts count from the kill: it is over at once"
     return "Detect counts from the injection, the other parts from the removal of the fault"
+
+
+def _shipped(name: str) -> bool:
+    """Whether an experiment can be run by its name wherever the package is installed."""
+    return any((Path(__file__).parents[1] / "library" / "experiments").rglob(f"{name}.yaml"))
 
 
 def _moments(record: RunRecord) -> list[tuple[str, str, str, str]]:

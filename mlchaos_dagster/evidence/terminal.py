@@ -49,6 +49,7 @@ def end_block(
     width: int = 100,
     report_path: str = "",
     dagster_hint: str = "Dagster: make dev",
+    again: str | None = None,
 ) -> str:
     """What is printed when a run is over; ends without a newline.
 
@@ -59,6 +60,7 @@ def end_block(
         width: columns of the terminal; the table drops its intervals, then columns, rather than wrap.
         report_path: shown as it is.
         dagster_hint: how to see the same in Dagster; empty: nothing is said.
+        again: the command that runs this once more; None: by its name, as if it stood in the library.
     """
     width = max(width, 40)
     lines: list[list[Segment]] = [_title(record, verdict, width)]
@@ -68,13 +70,16 @@ def end_block(
         lines += [[("  " + text, "bold red" if loud else "")] for text in _wrap(sentence, width - 2)]
     if verdict.outcome is Outcome.UNCLEAN:
         lines += _shout(record, width)
-    lines += _table(record, verdict, width)
+    table = _table(record, verdict, width)
+    lines += table
     notes = words.detectable_lines(record, verdict)[:1] if verdict.outcome is not Outcome.REFUSED else []
-    if any(row.interval.endswith("*") for row in sli_rows(record, verdict)):
+    if any(text.rstrip().endswith("] *") for line in table for text, _ in line):
         notes.append("* the interval is not to be trusted; the report says why.")
     for note in notes:
         lines += [[("  " + text, "dim")] for text in _wrap(note, width - 2)]
-    lines += _footer(record, report_path, dagster_hint, width)
+    lines += _footer(record, report_path, dagster_hint, width, words.again_command(record) if again is None else again)
+    if hint := words.sandbox_hint(record):
+        lines.append([("  " + hint, "dim")])
     text = "\n".join(paint(line, color) for line in lines)
     known = secrets_in(record.environment.model_dump(mode="json"), record.experiment.model_dump(mode="json"))
     return mask_text(text, known)
@@ -139,7 +144,7 @@ def _table(record: RunRecord, verdict: Verdict, width: int) -> list[list[Segment
         limit = f"≤ {show_duration(verdict.recovery.within_s)}" if verdict.recovery.within_s else ""
         mark = {True: MET, False: BROKEN, None: "?"}[verdict.recovery.met]
         lines += _fact("recovery", recovery, width, grid, limit, mark)
-    clean = words.clean_line(record)
+    clean = words.clean_short(record)
     if clean:
         lines += _fact("clean", clean, width, grid)
     return lines
@@ -203,9 +208,10 @@ def _fact(label: str, text: str, width: int, grid: _Grid, limit: str = "", mark:
     return lines
 
 
-def _footer(record: RunRecord, report_path: str, dagster_hint: str, width: int) -> list[list[Segment]]:
+def _footer(record: RunRecord, report_path: str, dagster_hint: str, width: int, again: str) -> list[list[Segment]]:
     parts = [f"report {report_path}"] if report_path else []
-    parts.append(f"again: {words.again_command(record)}")
+    if again:
+        parts.append(f"again: {again}")
     if dagster_hint:
         parts.append(dagster_hint)
     lines = [""]

@@ -73,6 +73,17 @@ def clean_line(record: RunRecord) -> str:
     return said if record.clean.proven else f"NOT PROVEN: {said}"
 
 
+def clean_short(record: RunRecord) -> str:
+    """The same in one short line where it went well; what went wrong is said in full."""
+    if record.clean is None or not record.clean.proven:
+        return clean_line(record)
+    for line in record.clean.evidence:
+        if match := re.fullmatch(r"lease (?:(\S+) )?closed ([\d.]+ s) after recover", line):
+            lease = match[1] or (record.fault.lease_id if record.fault else "")
+            return f"read back clean {match[2]} after recover ({f'lease {lease}' if lease else 'its lease'} closed)"
+    return clean_line(record)
+
+
 def detectable_lines(record: RunRecord, verdict: Verdict) -> list[str]:
     """What this window could have seen at all, for every SLI with an objective."""
     said: list[str] = []
@@ -176,7 +187,19 @@ def blast_text(record: RunRecord) -> str:
 def again_command(record: RunRecord) -> str:
     """The command that runs this experiment again."""
     shadow = " --shadow" if record.shadow else ""
-    return f"mlchaos run {record.experiment.name} --environment {record.environment.name}{shadow}"
+    return f"mlchaos run {record.experiment.name}{_elsewhere(record)}{shadow}"
+
+
+def _elsewhere(record: RunRecord) -> str:
+    """The option that names the environment; empty for the one that is chosen anyway."""
+    return "" if record.environment.name == "sandbox" else f" --environment {record.environment.name}"
+
+
+def sandbox_hint(record: RunRecord) -> str:
+    """How to end the platform that the run left up; empty where it has none of ours."""
+    if record.environment.sandbox is None:
+        return ""
+    return f"sandbox still up: mlchaos sandbox down{_elsewhere(record)}"
 
 
 def clear_command(record: RunRecord) -> str:
@@ -236,16 +259,18 @@ def _aborted(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
         said.insert(0, abort.reason)
     if not injected(record):
         return _add(said, "Nothing had been injected")
-    gone = (
-        "the fault was not proven gone"
-        if abort.seconds is None
-        else f"breach → clean in {show_duration(max(0.0, abort.seconds))}"
-    )
+    gone = "the fault was not proven gone"
+    if abort.seconds is not None:
+        began = "stopped → proven clean" if abort.cause in BY_A_PERSON else "breach → clean"
+        gone = f"{began} in {show_duration(max(0.0, abort.seconds))}"
     first = ""
     if abort.first_bad_at is not None and abort.breach_at > abort.first_bad_at:
         first = f"; first bad {show_duration(abort.breach_at - abort.first_bad_at)} before that decision"
     return _add(said, f"Stopped by {_CAUSES.get(abort.cause, abort.cause)}: {gone}{first}")
 
+
+BY_A_PERSON = frozenset({"stop", "signal", "lever", "dagster"})
+"""Causes of an abort where nothing was breached: somebody wanted it."""
 
 _CAUSES = {
     "limit": "an abort limit",

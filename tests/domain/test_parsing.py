@@ -108,7 +108,7 @@ WRONG_FIELDS = [
     (
         "30%",
         "0.3",
-        ["f.yaml:9:26  blast_radius.fraction: 0.3 has no unit. Allowed: a percentage, such as 0.3% or 30%."],
+        ["f.yaml:9:26  blast_radius.fraction: 0.3 has no unit. Allowed: a percentage, such as 30%."],
     ),
     ("fraction: 30%", "count: 0", ["f.yaml:9:23  blast_radius.count: 0 is not more than 0. Allowed: more than 0."]),
     (

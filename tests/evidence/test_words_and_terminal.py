@@ -6,9 +6,11 @@ import re
 
 import pytest
 
+from mlchaos_dagster.domain.environment import SandboxOptions
 from mlchaos_dagster.domain.record import RecoveryResult, SliResult
 from mlchaos_dagster.domain.spec import Objective, Quantity
 from mlchaos_dagster.evidence import words
+from mlchaos_dagster.evidence.report import render_html
 from mlchaos_dagster.evidence.rows import effect_texts, limit_text, quantity_text, signed, sli_rows
 from mlchaos_dagster.evidence.terminal import end_block
 
@@ -41,10 +43,10 @@ def test_held_block_says_numbers_with_units_and_intervals() -> None:
     assert re.search(r"availability +100\.0 % +99\.4 % +100\.0 % +−0\.6 pp +\[−1\.2, −0\.1\] +≥ 99 % +✔", block), block
     assert re.search(r"p95 +31 ms +44 ms +32 ms +\+13 ms +\[\+6, \+24\] +< 300 ms +✔", block)
     assert re.search(r"recovery +detect 0\.3 s · reschedule 0\.8 s · ready 2\.1 s · steady 2\.6 s +≤ 30 s +✔", block)
-    assert "clean            3 of 3 replicas ready" in block.replace("clean          ", "clean            ")
+    assert re.search(r"clean +read back clean 0\.02 s after recover \(lease mlchaos-\S+ closed\)\n", block)
     assert "With this window the smallest drop of availability that would have been seen is 0.9 pp." in block
     assert "report r.html" in block
-    assert "again: mlchaos run serving-pod-failure --environment sandbox" in block
+    assert "again: mlchaos run serving-pod-failure  " in block
 
 
 def test_held_marks_stand_in_one_column() -> None:
@@ -228,3 +230,45 @@ def test_abort_time_is_said_once() -> None:
     reasons = (run.record.abort.reason + "; fault proven gone 0.42 s after the decision",)
     text = " ".join(words.explanation(run.record, run.verdict.model_copy(update={"reasons": reasons})))
     assert text.count("0.42 s") == 1
+
+
+def test_what_a_person_stopped_was_not_breached() -> None:
+    run = all_runs()["aborted"]
+    assert run.record.abort is not None
+    for cause in ("stop", "signal", "lever", "dagster"):
+        abort = run.record.abort.model_copy(update={"cause": cause})
+        text = " ".join(words.explanation(run.record.model_copy(update={"abort": abort}), run.verdict))
+        assert "stopped → proven clean in 0.42 s" in text
+        assert "breach →" not in text
+
+
+def test_again_is_a_command_that_works() -> None:
+    run = held()
+    assert "again: mlchaos run serving-pod-failure " in end_block(run.record, run.verdict, width=120)
+    assert "again: mlchaos run --type pod_kill" in end_block(
+        run.record, run.verdict, again="mlchaos run --type pod_kill"
+    )
+    elsewhere = run.record.environment.model_copy(update={"name": "staging"})
+    there = run.record.model_copy(update={"environment": elsewhere})
+    assert words.again_command(there) == "mlchaos run serving-pod-failure --environment staging"
+    other = run.record.experiment.model_copy(update={"name": "adhoc-x"})
+    page = render_html(run.record.model_copy(update={"experiment": other}), run.samples, run.verdict)
+    assert "mlchaos run adhoc-x" not in page
+    assert "mlchaos run serving-pod-failure" in render_html(run.record, run.samples, run.verdict)
+
+
+def test_the_star_is_explained_only_where_it_is_shown() -> None:
+    run = held()
+    starred = {n: r.model_copy(update={"reliable": False}) for n, r in run.verdict.slis.items()}
+    verdict = run.verdict.model_copy(update={"slis": starred})
+    assert "* the interval" in end_block(run.record, verdict, width=120)
+    assert "* the interval" not in end_block(run.record, verdict, width=60)
+
+
+def test_a_sandbox_that_is_left_up_is_said_last() -> None:
+    run = held()
+    last = "  sandbox still up: mlchaos sandbox down"
+    up = run.record.environment.model_copy(update={"sandbox": SandboxOptions()})
+    assert end_block(run.record.model_copy(update={"environment": up}), run.verdict).splitlines()[-1] == last
+    down = run.record.environment.model_copy(update={"sandbox": None})
+    assert "sandbox down" not in end_block(run.record.model_copy(update={"environment": down}), run.verdict)
