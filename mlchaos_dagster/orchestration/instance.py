@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,11 @@ def open_instance(home: Home) -> dg.DagsterInstance:
         except DagsterHomeNotSetError:
             pass
         _probe(home.dagster, home)
-        for folder in home.dagster.glob("history"):
-            _probe(folder, home)
+        for found in (*home.dagster.glob("history"), *home.dagster.glob("history/runs")):
+            _probe(found, home)
+        for name in ("history/runs.db", "history/runs/index.db", "schedules/schedules.db"):
+            with _told(home), contextlib.suppress(FileNotFoundError), open(home.dagster / name, "r+b"):
+                pass
         project = home.root.parent
         overrides = _overrides(project, home)
         reference = InstanceRef.from_dir(str(home.dagster), config_dir=str(project), overrides=overrides)
@@ -51,11 +56,17 @@ def open_instance(home: Home) -> dg.DagsterInstance:
 
 
 def _probe(folder: Path, home: Home) -> None:
-    """Storage that cannot be written fails deep in Dagster, in SQL; say it first, in words."""
-    try:
+    with _told(home):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+@contextlib.contextmanager
+def _told(home: Home) -> Iterator[None]:
+    """Storage that cannot be written fails deep in Dagster, in SQL; say it first, in words."""
+    try:
+        yield
     except OSError as e:
         raise ConfigError(
             f"state directory {home.root} cannot be written: {e.strerror or e}. Set MLCHAOS_HOME or --home"
@@ -66,7 +77,8 @@ def _uncaptured(instance: dg.DagsterInstance) -> dg.DagsterInstance:
     reference = instance.get_ref()
     if reference.compute_logs_data.class_name == NoOpComputeLogManager.__name__:
         return instance
-    instance.dispose()
+    with contextlib.suppress(Exception):  # that it cannot be closed says nothing about the other
+        instance.dispose()
     ours = ConfigurableClassData(NoOpComputeLogManager.__module__, NoOpComputeLogManager.__name__, "{}\n")
     return dg.DagsterInstance.from_ref(reference._replace(compute_logs_data=ours))
 
