@@ -6,6 +6,7 @@ The options may stand before or after the subcommand; the later one wins. Nothin
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 _META = "mlchaos"
+_NARROWEST = 12
+"""A last column is never cut below this; a terminal that is narrower than that wraps."""
 
 
 class Word(click.ParamType):
@@ -142,6 +145,11 @@ class App:
         """Whether stdout takes colour: a terminal, and nobody said NO_COLOR."""
         return self.settings.color and not self.json and sys.stdout.isatty()
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; 0 where stdout is none, and nothing needs to be cut."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
     def out(self, text: str = "") -> None:
         """A line for people; nothing where JSON was asked for."""
         if not self.json:
@@ -167,8 +175,22 @@ def leave(code: int) -> NoReturn:
     raise click.exceptions.Exit(code)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need, two spaces apart; the last one runs free."""
+def _cut(text: str, width: int) -> str:
+    """At most `width` characters; a cut falls between words where there is one, and is shown."""
+    if len(text) <= width:
+        return text
+    kept = text[: width - 1]
+    between = kept.rfind(" ")
+    return (kept[:between] if between > width // 2 else kept).rstrip() + "…"
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], width: int = 0) -> str:
+    """Columns as wide as they need, two spaces apart; the last one is cut where it would wrap at `width` (0: never)."""
     lines = [list(headers), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    room = width - sum(widths[:-1]) - 2 * (len(widths) - 1)
+    if width and room < widths[-1]:
+        room = max(room, _NARROWEST)
+        lines = [[*line[:-1], _cut(line[-1], room)] for line in lines]
+        widths[-1] = room
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

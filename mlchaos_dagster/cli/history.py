@@ -47,8 +47,8 @@ def command(experiment: str | None, last: int) -> None:
             str(r["experiment"]),
             str(r["environment"]),
             str(r["outcome"] or "not judged"),
-            str(r["reason"])[:100],
+            " ".join(str(r["reason"] or "").split()),
         )
         for r in rows
     ]
-    app.out(table(("RUN", "STARTED (UTC)", "EXPERIMENT", "ENVIRONMENT", "OUTCOME", "WHY"), shown))
+    app.out(table(("RUN", "STARTED (UTC)", "EXPERIMENT", "ENVIRONMENT", "OUTCOME", "WHY"), shown, app.width))

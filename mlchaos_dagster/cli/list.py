@@ -44,10 +44,14 @@ def command() -> None:
         window = long if long == short else f"{long} → {short}"
         here = "" if not check_experiment(e, environment) else f"(not in {environment.name}) "
         rows.append([e.name, e.area, e.fault.kind, e.target, window, here + e.title])
-    app.out(table(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows))
+    app.out(table(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows, app.width))
     app.out()
-    app.out(table(("SUITE", "EXPERIMENTS", "TITLE"), [(s.name, str(len(s.experiments)), s.title) for s in suites]))
+    app.out(
+        table(
+            ("SUITE", "EXPERIMENTS", "TITLE"), [(s.name, str(len(s.experiments)), s.title) for s in suites], app.width
+        )
+    )
     app.out()
     mark = {environment.name: "*"}
     named = [(e.name + mark.get(e.name, ""), ", ".join(e.backends), e.title) for e in environments]
-    app.out(table(("ENVIRONMENT", "BACKENDS", "TITLE"), named))
+    app.out(table(("ENVIRONMENT", "BACKENDS", "TITLE"), named, app.width))

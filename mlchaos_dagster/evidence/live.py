@@ -43,6 +43,8 @@ class LiveState:
         self.aborts: list[dict[str, Any]] = []
         self.requests = 0
         self.incidents: list[str] = []
+        self.stopping = ""
+        """Said from the request to stop until the target is proven clean."""
 
     def update(self, kind: str, data: dict[str, Any]) -> None:
         """Take one progress event; an unknown one is ignored."""
@@ -74,7 +76,11 @@ class LiveState:
         elif name == "confirmed":
             after = t - self.elapsed.get("injected_at", t)
             self.notes["fault"] = f"{self.notes.get('fault', '')}  ·  confirmed after {after:.2f} s"
+        elif name == "stop_requested":
+            self.stopping = stopping_text(self.phase)
+            self.notes["recovery"] = self.stopping
         elif name == "proven_clean":
+            self.stopping = ""
             self.notes["recovery"] = "proven clean"
 
     def _tick(self, data: dict[str, Any]) -> None:
@@ -103,21 +109,27 @@ class LiveState:
         if room > 24:
             title.append(("  " + _cut(hypothesis, room), "dim"))
         lines: list[Line] = [title]
-        lines.append(self._guards())
+        lines.append(self._guards(width))
         lines += [self._bar(phase) for phase in PHASES]
         lines.append([])
         lines += self._measurements(width)
         lines.append(self._abort())
-        lines.append([(f"{'':<{_LABEL}}Ctrl-C stops and recovers", "dim")])
+        last = (self.stopping, "bold magenta") if self.stopping else ("Ctrl-C stops and recovers", "dim")
+        lines.append([(" " * _LABEL, ""), last])
         lines += [[("! " + text, "red")] for text in self.incidents[-3:]]
         return [_clip(line, width) for line in lines]
 
-    def _guards(self) -> Line:
+    def _guards(self, width: int) -> Line:
         line: Line = [(f"{'guards':<{_LABEL}}", "bold")]
         for name, passed, saw in self.guards:
             mark, style = (MET, "green") if passed else (BROKEN, "bold red")
             line += [(f"{mark} ", style), (name if passed else f"{name}: {saw}", ""), ("   ", "")]
-        return line if self.guards else [*line, ("…", "dim")]
+        if not self.guards:
+            return [*line, ("…", "dim")]
+        if sum(len(text) for text, _ in line[:-1]) > width and all(passed for _, passed, _ in self.guards):
+            count = len(self.guards)
+            return [line[0], (f"{count} of {count} guards ", ""), (MET, "green")]
+        return line
 
     def _bar(self, phase: str) -> Line:
         planned, elapsed = self.planned.get(phase, 0.0), self.elapsed.get(phase, 0.0)
@@ -249,15 +261,24 @@ class LiveView:
         return text
 
 
+def stopping_text(phase: str) -> str:
+    """What a request to stop makes the run do now."""
+    return "stopping, taking the fault away…" if phase == "fault" else "stopping…"
+
+
 class PlainProgress:
     """One line per phase, guard, moment and incident; none per sample. For logs and pipes."""
 
     def __init__(self, stream: TextIO, prefix: str = "") -> None:
-        self._stream, self._prefix = stream, prefix
+        self._stream, self._prefix, self._phase = stream, prefix, ""
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
         """One progress event; a stream that is gone is ignored."""
         line = plain_line(kind, data)
+        if kind == "phase":
+            self._phase = str(data.get("name", ""))
+        elif kind == "moment" and data.get("name") == "stop_requested":
+            line += f"; {stopping_text(self._phase)}"
         if line:
             with contextlib.suppress(OSError, ValueError):
                 self._stream.write(f"{self._prefix}{line}\n")

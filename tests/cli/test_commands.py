@@ -374,3 +374,10 @@ def test_where_it_looked_is_said(cli: Cli, home: Path) -> None:
         assert answer.code == 2
         assert sentence in answer.err
     assert not wrong.exists()
+
+
+def test_a_table_cuts_its_last_column_between_words() -> None:
+    rows = [("a", "one two three four five six"), ("b", "short")]
+    assert app_module.table(("X", "WHY"), rows, 20).splitlines()[1:] == ["a  one two three…", "b  short"]
+    assert app_module.table(("X", "WHY"), rows).splitlines()[1] == "a  one two three four five six"
+    assert len(app_module.table(("X", "WHY"), [("a", "y" * 90)], 40).splitlines()[1]) == 40

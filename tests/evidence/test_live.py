@@ -132,3 +132,25 @@ def test_sparkline_scale() -> None:
     assert sparkline([0.1, math.inf], 10, CEILING) == "▃█"
     assert len(sparkline([1.0] * 100, 5)) == 5
     assert sparkline([], 5) == ""
+
+
+def test_many_passed_guards_are_summed_up_where_they_do_not_fit() -> None:
+    state = LiveState(experiment(), environment(), "7f3a91c2")
+    for i in range(10):
+        state.update("guard", {"name": f"guard number {i}", "passed": True, "saw": "fine"})
+    narrow, wide = (["".join(t for t, _ in line) for line in state.lines(w)] for w in (80, 400))
+    assert "guards     10 of 10 guards ✔" in narrow
+    assert any("✔ guard number 9" in line for line in wide)
+    state.update("guard", {"name": "last", "passed": False, "saw": "bad"})
+    assert not any("of 11 guards" in "".join(t for t, _ in line) for line in state.lines(80))
+
+
+def test_a_stop_is_answered_at_once() -> None:
+    stop: tuple[str, dict[str, Any]] = ("moment", {"name": "stop_requested", "t": 18.0, "note": "Ctrl-C"})
+    assert "stopping, taking the fault away…" in shown(120, [stop])
+    assert "stopping" not in shown(120, [stop, ("moment", {"name": "proven_clean", "t": 18.2})])
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    for kind, data in [*events(), stop]:
+        progress(kind, data)
+    assert stream.getvalue().splitlines()[-1].endswith("stop requested  Ctrl-C; stopping, taking the fault away…")
