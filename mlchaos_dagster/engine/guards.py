@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from mlchaos_dagster.domain.record import GuardResult
 from mlchaos_dagster.domain.units import show_percent
+from mlchaos_dagster.engine.active import ENDED
 
 if TYPE_CHECKING:
     from mlchaos_dagster.engine.run import Run
 
+PHASE_WORDS = {ENDED: "writing its report"}
 WATCHER_START_S = 10.0
 """How long the watchdog process may take to beat for the first time; a loaded machine starts Python slowly."""
 
@@ -126,8 +128,8 @@ def environment_free(run: Run) -> GuardResult:
             return GuardResult(
                 name="environment free",
                 passed=False,
-                saw=f"{other.experiment} runs here (run {other.run_id[:8]}, {other.phase}): each would measure the other's fault",
-                needs="that run to end",
+                saw=f"{other.experiment} runs here (run {other.run_id[:8]}, {PHASE_WORDS.get(other.phase, other.phase)}): each would measure the other's fault",
+                needs="another try in a few seconds" if other.phase == ENDED else "that run to end",
             )
     return GuardResult(name="environment free", passed=True, saw="no other run here")
 
