@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "engine"))
 
-from sim import World, build  # noqa: E402
+from sim import World, build  # noqa: E402  the simulated world lies with the tests
 
 from mlchaos_dagster.engine.run import run_experiment  # noqa: E402
 from mlchaos_dagster.judgement.verdict import judge  # noqa: E402

@@ -151,7 +151,7 @@ class Lab:
             if up.returncode:
                 raise RuntimeError(f"the sandbox did not start: {up.stderr.strip()}")
             self.settle()
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no sandbox is left up
             self.__exit__()
             raise
         return self

@@ -35,6 +35,11 @@ class LiveRun(Protocol):
         ...
 
     @property
+    def stopped_late(self) -> str:
+        """Somebody's word that came when the fault was gone; empty when there was none."""
+        ...
+
+    @property
     def stop_reason(self) -> str:
         """Why the run was stopped early."""
         ...

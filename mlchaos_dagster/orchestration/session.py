@@ -147,7 +147,7 @@ class Session:
 
     def _late(self) -> str:
         """Somebody's word that came when the fault was gone: the outcome stands, but nothing comes after this run."""
-        if said := str(getattr(self.run, "stopped_late", "")):
+        if said := self.run.stopped_late:
             return said
         # Asked before the run is finished: its stop file goes with it. A window that closes is nobody's word.
         sources = [s for s in getattr(self.run, "stops", ()) if not isinstance(s, WindowEnd)]
@@ -221,7 +221,7 @@ class Session:
             yield
         except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
             self.cancel(f"interrupted while {doing}")
-        except BaseException:
+        except BaseException:  # whatever it is, the probes must not outlive their run; it is raised on
             self.close()
             raise
 

@@ -71,7 +71,7 @@ class FaultBook:
                 self._faults[fault.key] = fault
                 try:
                     await (self._inject_network(fault) if fault.kind in NETWORK_KINDS else self._inject_pod(fault))
-                except BaseException:
+                except BaseException:  # also a cancelled request: half a fault is taken away, then it is told
                     self._faults.pop(fault.key, None)
                     await asyncio.shield(self._clear(fault))
                     raise
