@@ -68,6 +68,10 @@ class InjectFailed(DriverError):
     """Inject did not end well. The fault may be partly there; the engine recovers."""
 
 
+class Halted(MlChaosError):
+    """A driver was told to stop halfway through a long verb. The fault is partly there; the engine recovers."""
+
+
 class RecoverFailed(DriverError):
     """Recover did not end well: the fault may be live. The lease stays open."""
 

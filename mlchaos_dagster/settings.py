@@ -24,6 +24,11 @@ class Home:
         return self.root / "ledger"
 
     @property
+    def backups(self) -> Path:
+        """Content that a driver copied before it damaged it, by open lease."""
+        return self.ledger / "backups"
+
+    @property
     def records(self) -> Path:
         """One record (and its raw samples) per run."""
         return self.root / "records"

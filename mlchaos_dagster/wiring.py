@@ -138,6 +138,7 @@ def build_run(
             "fault.kind",
         )
     home = settings.home
+    environment = environment.facing(experiment.target)
     prepare(environment, settings)
     clock, owner, stop_files = SystemClock(), current_owner(), StopFiles(home)
     ledger = FileLedger(home.ledger, clock)
@@ -158,6 +159,7 @@ def build_run(
         gate=home.gates / f"{environment.name}.json",
         active=ActiveRuns(home.active, clock),
         stop_files=stop_files,
+        backups=home.backups,
         stops=[FileStop(stop_files, run_id), LeaseStop(ledger, run_id), *stops],
         signals_deferred=lambda: cast("AbstractContextManager[StopSource]", SignalStop()),
         background=in_thread,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlchaos_dagster.domain.spec import AbortCondition, Model, Name
+from mlchaos_dagster.domain.spec import AbortCondition, Mechanism, Model, Name
 from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction
 
 RequestMeasure = Literal[
@@ -20,19 +20,6 @@ RequestMeasure = Literal[
 MIN_WINDOW_REQUESTS = 5
 """Fewer requests in the sliding window say nothing: no abort limit is judged on them."""
 RATIO_MEASURES = ("availability", "error_rate", "fallback_rate")
-
-
-class Target(Model):
-    """What a logical target is here."""
-
-    select: Annotated[str, Field(min_length=1)]
-    """Sandbox: a glob over process names (`inference-*`) or links (`gateway->feature-store`)."""
-    describe: str = ""
-
-    @property
-    def is_link(self) -> bool:
-        """True when it selects links between processes (`a->b`), not processes."""
-        return "->" in self.select
 
 
 class RequestProbe(Model):
@@ -49,6 +36,39 @@ class RequestProbe(Model):
     """JSON bodies, sent in turn; empty: none."""
     headers: dict[str, str] = {}
     """A value `env:NAME` or `file:PATH` is read when the probe starts; records hold the reference only."""
+
+
+class S3Location(Model):
+    """A bucket of an S3 API. Credentials by reference."""
+
+    endpoint: str = "{object_store}"
+    """URL; `{object_store}` stands for the sandbox's own."""
+    bucket: Annotated[str, Field(min_length=1)]
+    prefix: str = ""
+    region: str = "us-east-1"
+    access_key: str = ""
+    """`env:NAME` or `file:PATH`; empty: the sandbox's own, or what the AWS chain of this process finds."""
+    secret_key: str = ""
+
+
+class Target(Model):
+    """What a logical target is here."""
+
+    select: Annotated[str, Field(min_length=1)]
+    """Sandbox: globs over process names (`inference-*`) or links (`gateway->feature-store`), comma between them.
+    S3: a glob over keys under the prefix. Files and databases: their name. GPU: the device's number."""
+    describe: str = ""
+    part: str | None = None
+    """Sandbox: the part of the platform it belongs to, started when an experiment first needs it; absent: serving."""
+    s3: S3Location | None = None
+    """Where objects are, for faults on objects."""
+    probe: RequestProbe | None = None
+    """How this target is called, where the environment's probe would not reach it."""
+
+    @property
+    def is_link(self) -> bool:
+        """True when it selects links between processes (`a->b`), not processes."""
+        return "->" in self.select
 
 
 class Sli(Model):
@@ -169,7 +189,7 @@ class SandboxOptions(Model):
     """Configuration of the embedded platform."""
 
     replicas: Annotated[int, Field(ge=1, le=50)] = 3
-    mechanisms: dict[Literal["restart", "breaker", "fallback", "retries", "readiness"], bool] = {}
+    mechanisms: dict[Mechanism, bool] = {}
     """Resilience mechanisms switched off with `false`."""
 
 
@@ -238,6 +258,11 @@ class Environment(Model):
                 f"fewer than {MIN_WINDOW_REQUESTS}. Allowed: rate × window of at least {MIN_WINDOW_REQUESTS} requests"
             )
         return self
+
+    def facing(self, target: str) -> Environment:
+        """The environment as an experiment on `target` measures it: through the target's own probe, if it has one."""
+        known = self.targets.get(target)
+        return self if known is None or known.probe is None else self.model_copy(update={"probe": known.probe})
 
     def backend_for(self, kind: str) -> str | None:
         """The driver that serves a fault kind here, or None."""

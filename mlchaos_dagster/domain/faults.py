@@ -5,11 +5,12 @@ A new fault is one class here, one handler in a driver and one YAML.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction
+from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction, Size
 
 
 class FaultBase(BaseModel):
@@ -71,15 +72,276 @@ class NetworkPartition(FaultBase):
     kind: Literal["network_partition"]
 
 
-Fault = Annotated[PodDelete | PodFailure | NetworkLatency | NetworkLoss | NetworkPartition, Field(discriminator="kind")]
+class ContainerKill(FaultBase):
+    """Kill one process of each target with SIGKILL, once; its slot stays and the platform restarts it in place."""
+
+    kind: Literal["container_kill"]
+
+
+class CpuStress(FaultBase):
+    """Burn CPU beside the targets, inside the share they live in."""
+
+    kind: Literal["cpu_stress"]
+    cores: Annotated[float, Field(gt=0, le=256)] = 1.0
+    """Number of burners; a fraction is one burner that rests in between."""
+    load: Annotated[Fraction, Field(gt=0)] = 1.0
+    """How busy each burner is."""
+
+    def params(self) -> dict[str, Any]:
+        """`cores`, `load` 0–1."""
+        return {"cores": self.cores, "load": self.load}
+
+
+class MemoryStress(FaultBase):
+    """Fill memory inside the targets' limits, until the platform's OOM kill where `size` exceeds what is left."""
+
+    kind: Literal["memory_stress"]
+    size: Size
+
+    def params(self) -> dict[str, Any]:
+        """`bytes`."""
+        return {"bytes": self.size}
+
+
+Damage = Literal["random_bytes", "truncate", "bit_flip", "swap"]
+"""How content is damaged: noise over it, its second half gone, one bit in 10,000 flipped, another object's content."""
+
+
+class S3ObjectCorruption(FaultBase):
+    """Overwrite a fraction of the objects under a prefix, as new versions. Undone version by version."""
+
+    kind: Literal["s3_object_corruption"]
+    fraction: Annotated[Fraction, Field(gt=0)]
+    prefix: str = ""
+    """Under the target's own prefix."""
+    how: Damage = "random_bytes"
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1, `prefix`, `how`."""
+        return {"fraction": self.fraction, "prefix": self.prefix, "how": self.how}
+
+
+class S3Unavailable(FaultBase):
+    """The links to the store refuse connections."""
+
+    kind: Literal["s3_unavailable"]
+
+
+class S3Slow(FaultBase):
+    """The links to the store delay what they carry."""
+
+    kind: Literal["s3_slow"]
+    latency: Duration
+    jitter: DurationOrZero = 0.0
+
+    def params(self) -> dict[str, Any]:
+        """`latency_s`, `jitter_s`."""
+        return {"latency_s": self.latency, "jitter_s": self.jitter}
+
+
+class S3Throttled(FaultBase):
+    """A fraction of the requests to the store is answered 503 SlowDown."""
+
+    kind: Literal["s3_throttled"]
+    fraction: Annotated[Fraction, Field(gt=0)] = 0.5
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1."""
+        return {"fraction": self.fraction}
+
+
+class ModelCorruption(FaultBase):
+    """Damage the bytes of a model artifact: a file, or an object in the registry."""
+
+    kind: Literal["model_corruption"]
+    how: Literal["random_bytes", "truncate", "bit_flip"] = "random_bytes"
+
+    def params(self) -> dict[str, Any]:
+        """`how`."""
+        return {"how": self.how}
+
+
+class BadModel(FaultBase):
+    """Promote a worse but well-formed version in the model registry."""
+
+    kind: Literal["bad_model"]
+
+
+class FeatureDrift(FaultBase):
+    """Shift the features of a fraction of the entities."""
+
+    kind: Literal["feature_drift"]
+    fraction: Annotated[Fraction, Field(gt=0)] = 0.5
+    shift: Annotated[float, Field(ge=-1000, le=1000)] = 3.0
+    """Added to every feature, in standard deviations of that feature."""
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1, `shift`."""
+        return {"fraction": self.fraction, "shift": self.shift}
+
+
+class FeatureNulls(FaultBase):
+    """Set the features of a fraction of the entities to null."""
+
+    kind: Literal["feature_nulls"]
+    fraction: Annotated[Fraction, Field(gt=0)] = 0.3
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1."""
+        return {"fraction": self.fraction}
+
+
+class FeatureStale(FaultBase):
+    """Features of a fraction of the entities are no longer refreshed: they stay as they were `age` ago."""
+
+    kind: Literal["feature_stale"]
+    fraction: Annotated[Fraction, Field(gt=0)] = 1.0
+    age: Duration = 3600.0
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1, `age_s`."""
+        return {"fraction": self.fraction, "age_s": self.age}
+
+
+class DatabaseUnavailable(FaultBase):
+    """The links to the database refuse connections."""
+
+    kind: Literal["database_unavailable"]
+
+
+class DatabaseCorruption(FaultBase):
+    """Give the database a copy of its file in which pages are damaged; the original is kept aside."""
+
+    kind: Literal["database_corruption"]
+    fraction: Annotated[Fraction, Field(gt=0)] = 0.3
+    """Share of the pages, the first excluded."""
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1."""
+        return {"fraction": self.fraction}
+
+
+class QueueOverflow(FaultBase):
+    """Submit jobs open loop, above what the workers can do."""
+
+    kind: Literal["queue_overflow"]
+    rate: Annotated[float, Field(gt=0, le=5000)]
+    """Jobs a second, on top of the usual load."""
+
+    def params(self) -> dict[str, Any]:
+        """`rate_per_s`."""
+        return {"rate_per_s": self.rate}
+
+
+class CertificateRotation(FaultBase):
+    """Replace the targets' TLS certificate under load."""
+
+    kind: Literal["certificate_rotation"]
+
+
+class CredentialRotation(FaultBase):
+    """Replace the targets' API credential under load; the old one is refused after its overlap."""
+
+    kind: Literal["credential_rotation"]
+    overlap: DurationOrZero = 2.0
+    """For how long both are accepted."""
+
+    def params(self) -> dict[str, Any]:
+        """`overlap_s`."""
+        return {"overlap_s": self.overlap}
+
+
+class NetworkIsolation(FaultBase):
+    """Cut a process off: every link to and from the targets refuses connections, and those there are ended."""
+
+    kind: Literal["network_isolation"]
+
+
+class GpuMemoryHog(FaultBase):
+    """Hold a share of a GPU's memory by a CUDA allocation in a process of its own."""
+
+    kind: Literal["gpu_memory_hog"]
+    fraction: Annotated[Fraction, Field(gt=0, le=0.98)] = 0.8
+    """Of the device's whole memory."""
+
+    def params(self) -> dict[str, Any]:
+        """`fraction` 0–1."""
+        return {"fraction": self.fraction}
+
+
+class ModelChaos(FaultBase):
+    """Serve through a `ChaosModelWrapper`: the target becomes a chaotic version of itself."""
+
+    kind: Literal["model_chaos"]
+    exceptions: Fraction = 0.05
+    timeouts: Fraction = 0.02
+    timeout: Duration = 2.0
+    """How long a call that times out takes."""
+    wrong: Fraction = 0.01
+    """Share of predictions that are wrong."""
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    def params(self) -> dict[str, Any]:
+        """`exceptions`, `timeouts`, `wrong` 0–1, `timeout_s`, `seed`."""
+        return {
+            "exceptions": self.exceptions,
+            "timeouts": self.timeouts,
+            "timeout_s": self.timeout,
+            "wrong": self.wrong,
+            "seed": self.seed,
+        }
+
+
+Fault = Annotated[
+    PodDelete
+    | PodFailure
+    | ContainerKill
+    | CpuStress
+    | MemoryStress
+    | NetworkLatency
+    | NetworkLoss
+    | NetworkPartition
+    | NetworkIsolation
+    | S3ObjectCorruption
+    | S3Unavailable
+    | S3Slow
+    | S3Throttled
+    | ModelCorruption
+    | BadModel
+    | ModelChaos
+    | FeatureDrift
+    | FeatureNulls
+    | FeatureStale
+    | DatabaseUnavailable
+    | DatabaseCorruption
+    | QueueOverflow
+    | CertificateRotation
+    | CredentialRotation
+    | GpuMemoryHog,
+    Field(discriminator="kind"),
+]
 
 FAULTS: dict[str, type[FaultBase]] = {
-    "pod_delete": PodDelete,
-    "pod_failure": PodFailure,
-    "network_latency": NetworkLatency,
-    "network_loss": NetworkLoss,
-    "network_partition": NetworkPartition,
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Fault)[0])
 }
+"""Kind → class."""
 
-ALIASES = {"pod_kill": "pod_delete", "network_delay": "network_latency"}
+MOMENTARY = frozenset({"container_kill", "certificate_rotation", "credential_rotation"})
+"""Faults that are over when they fired, however long their window is; `pod_delete` without an interval is one, too."""
+
+
+def is_held(kind: str, params: Mapping[str, Any]) -> bool:
+    """Whether the fault lasts as long as its window (else: a kill or a rotation, over when it fired)."""
+    return kind not in MOMENTARY and not (kind == "pod_delete" and not params.get("interval_s"))
+
+
+ALIASES = {
+    "pod_kill": "pod_delete",
+    "network_delay": "network_latency",
+    "pod_cpu_hog": "cpu_stress",
+    "pod_memory_hog": "memory_stress",
+    "memory_pressure": "memory_stress",
+    "pod_network_latency": "network_latency",
+    "pod_network_loss": "network_loss",
+}
 """Other tools' words, accepted by `mlchaos run --type` (R4-02)."""

@@ -208,12 +208,35 @@ class RecoverySpec(Model):
     """All objectives must hold this long before it counts as steady. 2 s: two abort windows."""
 
 
+Mechanism = Literal[
+    "restart",
+    "breaker",
+    "fallback",
+    "retries",
+    "readiness",
+    "checkpoints",
+    "data_validation",
+    "model_check",
+    "golden_check",
+    "canary",
+    "feature_validation",
+    "autoscaler",
+    "backpressure",
+    "spool",
+    "failover",
+    "cert_reload",
+    "credential_overlap",
+    "segmentation",
+]
+"""Resilience mechanisms of the embedded platform; what each does is said in sandbox/config.py."""
+
+
 class Teeth(Model):
     """What the experiment validates, and how it proves that it could have failed (`make teeth`)."""
 
-    mechanism: Literal["restart", "breaker", "fallback", "retries", "readiness"]
+    mechanism: Mechanism
     """Switched off in the cell; the experiment must then say DEVIATED or ABORTED."""
-    also_off: tuple[Literal["restart", "breaker", "fallback", "retries", "readiness"], ...] = ()
+    also_off: tuple[Mechanism, ...] = ()
     """Other mechanisms off in that cell, because they would mask the missing one."""
     breaks: str
     """What the reason must then name: an SLI, an expected signal, or `recovery`."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.ports import Lease, Step, no_step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox import api
 from mlchaos_dagster.sandbox.identity import lives
@@ -42,7 +42,7 @@ class SandboxDriver:
         self.directory = Path(directory)
 
     def resolve(self, target: Target) -> tuple[str, ...]:
-        """Names of processes or links that match the glob now, sorted.
+        """Names of processes or links that match one of the globs now, sorted.
 
         The proxies are the network, not a service: a glob does not pick them unless it starts with their name.
 
@@ -53,9 +53,20 @@ class SandboxDriver:
         names = [entry["name"] for entry in status["processes"]]
         if not target.select.startswith("proxy"):
             names = [name for name in names if not name.startswith("proxy")]
-        return tuple(sorted(name for name in (*names, *status["links"]) if fnmatchcase(name, target.select)))
+        globs = [glob.strip() for glob in target.select.split(",")]
+        every = (*names, *status["links"])
+        return tuple(sorted({name for name in every for glob in globs if fnmatchcase(name, glob)}))
 
-    def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any]) -> dict[str, Any]:
+    def undo(
+        self,
+        kind: str,
+        targets: tuple[str, ...],
+        params: dict[str, Any],
+        *,
+        target: Target | None = None,
+        backup: Path | None = None,
+        step: Step = no_step,
+    ) -> dict[str, Any]:
         """Where the sandbox is, which processes stand for the targets, and how fast the links answer.
 
         What is broken already cannot be broken by a fault: every target must be alive now.
@@ -93,7 +104,7 @@ class SandboxDriver:
             )
         return found
 
-    def inject(self, lease: Lease) -> None:
+    def inject(self, lease: Lease, step: Step = no_step) -> None:
         """Put the fault on every target, one after the other, each with the lease's remaining time as its deadline.
 
         Raises:
@@ -121,7 +132,7 @@ class SandboxDriver:
             except api.SandboxError as error:
                 raise InjectFailed(f"{target}: {error}", driver=NAME, verb="inject", lease_id=lease.id) from error
 
-    def recover(self, lease: Lease) -> None:
+    def recover(self, lease: Lease, step: Step = no_step) -> None:
         """Remove everything of the lease, and have the sandbox refuse it for ever.
 
         A sandbox that is dead holds no fault; the lease is then buried for whatever is started there later.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,7 @@ class FileLedger:
         for leftover in (self._files.beats / lease.id, self._files.undo / f"{lease.id}.json"):
             with contextlib.suppress(OSError):
                 leftover.unlink()
+        shutil.rmtree(self.directory / "backups" / lease.id, ignore_errors=True)
         with contextlib.suppress(StoreError):
             facts = {"lease": lease.id, "token": lease.token, "at": self.clock.wall(), "evidence": list(evidence)}
             write_json(self._files.closed / f"{lease.id}.{lease.driver}.evidence.json", facts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from mlchaos_dagster.domain.environment import Target
@@ -85,10 +86,30 @@ class Lease:
     stop_requested: str = ""
 
 
+class Step(Protocol):
+    """What a verb that takes long calls between its batches, at least twice a second.
+
+    It shows that the owner lives, tells progress, and during `undo` and `inject` looks whether somebody wants out.
+    """
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many of so many are done.
+
+        Raises:
+            Halted: stop at once and let it through; what was done so far is recovered.
+            LeaseRefused: the lease is fenced; let it through.
+        """
+        ...
+
+
+def no_step(done: int, total: int) -> None:
+    """A step for whoever neither watches nor stops."""
+
+
 class Driver(Protocol):
     """Plain verbs on one backend. The scope (try/finally, shielding, order) is the engine's.
 
-    Every call is bounded to a few seconds, well under the lease's time to live.
+    Every call is bounded to a few seconds, well under the lease's time to live, or calls its `step` that often.
     """
 
     name: str
@@ -104,15 +125,29 @@ class Driver(Protocol):
         """
         ...
 
-    def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any]) -> dict[str, Any]:
-        """What recovery will need, read before the fault (pids, versions, addresses). Read-only.
+    def undo(
+        self,
+        kind: str,
+        targets: tuple[str, ...],
+        params: dict[str, Any],
+        *,
+        target: Target,
+        backup: Path,
+        step: Step = no_step,
+    ) -> dict[str, Any]:
+        """What recovery will need, read before the fault (pids, versions, addresses, checksums).
+
+        Changes nothing at the target. Content that has no other copy is written to the directory `backup` (which may
+        not exist yet), fsynced and read back; it is kept as long as the lease is open. The rest is returned, and may
+        be megabytes of JSON.
 
         Raises:
             DriverUnavailable: the backend could not be asked.
+            DriverError: it could not be undone, so it must not be done.
         """
         ...
 
-    def inject(self, lease: Lease) -> None:
+    def inject(self, lease: Lease, step: Step = no_step) -> None:
         """Make the fault. May die halfway; a fenced lease (older token) is refused at the target.
 
         Raises:
@@ -121,7 +156,7 @@ class Driver(Protocol):
         """
         ...
 
-    def recover(self, lease: Lease) -> None:
+    def recover(self, lease: Lease, step: Step = no_step) -> None:
         """Take the fault away. Idempotent, from any process, before or after inject; afterwards
         the target refuses a late inject of this lease.
 

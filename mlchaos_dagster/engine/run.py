@@ -86,6 +86,8 @@ class Kit:
     gate: Path
     active: ActiveRuns
     stop_files: StopFiles
+    backups: Path
+    """Where drivers keep content that has no other copy, by lease; the ledger removes it with the lease."""
     budget: Callable[[], Budget] | None = None
     stops: Sequence[StopSource] = ()
     signals_deferred: Callable[[], AbstractContextManager[StopSource]] | None = None

@@ -196,6 +196,21 @@ class Watch:
                 )
         return None
 
+    def wants_out(
+        self,
+        t: float,
+        trackers: Sequence[Tracker] = (),
+        watcher: Watcher | None = None,
+        values: dict[str, float | None] | None = None,
+    ) -> AbortFacts | None:
+        """The first reason to end it now: somebody's word, a lost watchdog, a crossed limit, blindness."""
+        return (
+            self.stop_asked(t)
+            or (_watcher_lost(t) if watcher is not None and not watcher.alive() else None)
+            or self.limits(t, trackers, self.live.values(t) if values is None else values)
+            or self.blind(t)
+        )
+
     def until(
         self,
         end: float,
@@ -214,13 +229,7 @@ class Watch:
         while True:
             t = self.pump()
             values = self.live.values(t)
-            abort = (
-                self.stop_asked(t)
-                or (watcher is not None and not watcher.alive() and _watcher_lost(t))
-                or self.limits(t, trackers, values)
-                or self.blind(t)
-                or None
-            )
+            abort = self.wants_out(t, trackers, watcher, values)
             if abort:
                 return abort
             if each is not None:

@@ -11,16 +11,18 @@ the backend's own deadline, the watchdog process, and the sweeper.
 
 from __future__ import annotations
 
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlchaos_dagster.domain.faults import is_held
 from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Samples, Span
 from mlchaos_dagster.engine.active import RECOVERY
 from mlchaos_dagster.engine.degradation import Degradation
-from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.ports import Lease, Step
 from mlchaos_dagster.engine.watch import Tracker
-from mlchaos_dagster.errors import DriverError, LeaseRefused, MlChaosError, StoreError
+from mlchaos_dagster.errors import DriverError, Halted, LeaseRefused, MlChaosError, StoreError
 from mlchaos_dagster.judgement.measures import Phase, steady
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ def open_fault_window(run: Run) -> None:
     _note_fault(run, lease)
     try:
         _inject_and_watch(run, lease)
+    except Halted:
+        pass  # `run.abort` says why
     except LeaseRefused as e:
         run.abort = run.abort or _abort(run, "fenced", str(e))
     except StoreError as e:
@@ -86,10 +90,12 @@ def _write_lease(run: Run) -> Lease | None:
     kit, environment = run.kit, run.environment
     kind, params = run.experiment.fault.kind, run.experiment.fault.params()
     lifetime = run.window_s + environment.safety.confirm_within + environment.safety.deadline_grace
+    # Unique over processes and reruns with one seed: it must never meet an earlier lease's tombstone.
+    lease_id = f"mlchaos-{run.experiment.name[:30]}-{uuid.uuid4().hex[:10]}"
+    backup = kit.backups / lease_id
     try:
         lease = Lease(
-            # Unique over processes and reruns with one seed: it must never meet an earlier lease's tombstone.
-            id=f"mlchaos-{run.experiment.name[:30]}-{uuid.uuid4().hex[:10]}",
+            id=lease_id,
             run_id=run.run_id,
             experiment=run.experiment.name,
             environment=environment.name,
@@ -97,20 +103,50 @@ def _write_lease(run: Run) -> Lease | None:
             kind=kind,
             targets=run.targets,
             params=params,
-            undo=kit.driver.undo(kind, run.targets, params),
+            undo=kit.driver.undo(
+                kind,
+                run.targets,
+                params,
+                target=environment.targets[run.experiment.target],
+                backup=backup,
+                step=_watchful(run, "preparing"),
+            ),
             duration_s=lifetime,
             opened_wall=kit.clock.wall(),
             deadline_wall=kit.clock.wall() + lifetime,
             owner=kit.owner,
         )
         return kit.ledger.open(lease)
+    except Halted:
+        pass  # `run.abort` says why
     except LeaseRefused as e:
         run.refuse("target free", str(e))
     except StoreError as e:
         run.refuse("ledger writable", str(e))
     except DriverError as e:
         run.refuse("backend reachable", str(e))
+    shutil.rmtree(backup, ignore_errors=True)
     return None
+
+
+def _watchful(
+    run: Run, what: str, renew: Renewal | None = None, trackers: Sequence[Tracker] = (), *, stoppable: bool = True
+) -> Step:
+    """The step of a driver's long verb: measurements are taken in, the lease renewed, the limits looked at."""
+
+    def step(done: int, total: int) -> None:
+        t = run.watch.pump()
+        if renew is not None:
+            renew.look(t)
+        run.tell("progress", {"what": what, "done": done, "total": total})
+        if not stoppable:
+            return
+        run.abort = run.abort or run.watch.wants_out(t, trackers, run.watcher)
+        if run.abort is not None:
+            _mark_breach(run, run.abort)
+            raise Halted(run.abort.reason)
+
+    return step
 
 
 def _note_fault(run: Run, lease: Lease) -> None:
@@ -135,12 +171,12 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
     # The lease is visible now. Who said stop and saw no lease of this run said it before this look.
     if _stopped(run):
         return
+    trackers = [Tracker(c) for c in (*run.environment.limits.abort, *run.experiment.abort)]
     kit.ledger.check(lease)
     if not run.shadow:
-        kit.driver.inject(lease)
+        kit.driver.inject(lease, _watchful(run, "injecting", renew, trackers))
     injected = run.mark("injected", "shadow: nothing was injected" if run.shadow else "")
     confirm = Confirmation(run, lease)
-    trackers = [Tracker(c) for c in (*run.environment.limits.abort, *run.experiment.abort)]
 
     degradation = Degradation(run, since=injected)
 
@@ -236,8 +272,7 @@ class Confirmation:
     @property
     def held(self) -> bool:
         """Whether the fault lasts as long as its window; a single kill is over when it fired."""
-        once = self.lease.kind == "pod_delete" and not self.lease.params.get("interval_s")
-        return not once and not self.run.shadow
+        return is_held(self.lease.kind, self.lease.params) and not self.run.shadow
 
     def _begin(self) -> Callable[[], tuple[bool, Any]]:
         background = self.run.kit.background
@@ -276,9 +311,10 @@ def _take_away(run: Run, lease: Lease) -> None:
     run.tell("phase", {"name": "recovery", "seconds": run.experiment.recovery.within})
     end = kit.clock.monotonic() + run.environment.safety.recover_timeout
     pause, said, evidence = 0.02, "", Evidence(present=True, effective=False)
+    step = _watchful(run, "restoring", _Kept(run, lease), stoppable=False)
     while True:
         try:
-            kit.driver.recover(lease)
+            kit.driver.recover(lease, step)
             evidence = kit.driver.active(lease)
             said = "; ".join(evidence.lines)
         except Exception as e:  # noqa: BLE001  a crashing driver is one failed attempt, not the end of the recovery
@@ -317,6 +353,15 @@ def _renew(run: Run, lease: Lease) -> None:
         run.kit.ledger.renew(lease)
     except StoreError:
         pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
+
+
+class _Kept(Renewal):
+    """Renewal while the fault is taken away: fenced or on a full disk, recovery goes on regardless."""
+
+    def look(self, t: float) -> None:
+        if t - self.last >= RENEW_EVERY_S:
+            self.last = t
+            _renew(self.run, self.lease)
 
 
 def _unclean(run: Run, lease: Lease, said: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mlchaos_dagster.domain.faults import is_held
 from mlchaos_dagster.domain.record import RunRecord, Span, Verdict
 from mlchaos_dagster.domain.units import show_duration
 
@@ -143,8 +144,7 @@ def recovery_origin(record: RunRecord) -> float | None:
     if record.window is None:
         return None
     fault = record.experiment.fault
-    single = fault.kind == "pod_delete" and fault.interval is None
-    return record.window.start if single else record.window.end
+    return record.window.end if is_held(fault.kind, fault.params()) else record.window.start
 
 
 def _steady(record: RunRecord, verdict: Verdict) -> float | None:

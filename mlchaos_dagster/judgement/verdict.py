@@ -7,6 +7,7 @@ What was not seen is INCONCLUSIVE, never a pass; what was seen to break is DEVIA
 
 from __future__ import annotations
 
+from mlchaos_dagster.domain.faults import is_held
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import (
     ExpectationResult,
@@ -349,7 +350,8 @@ def _origin(record: RunRecord, samples: Samples) -> float:
     assert record.window is not None
     removed = record.moment("recover_requested")
     removed = record.window.end if removed is None else removed
-    if record.experiment.fault.kind != "pod_delete":
+    fault = record.experiment.fault
+    if fault.kind != "pod_delete" and is_held(fault.kind, fault.params()):
         return removed
     for name in (RUNNING, READY):
         steps = [(t, v) for t, v in samples.signal(name) if record.window.start <= t <= removed]

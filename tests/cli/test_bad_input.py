@@ -30,7 +30,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "radius 0 %": (OK.replace("30%", "0%"), 'blast_radius.fraction: "0%" is not more than 0%.'),
     "radius above what exists": (OK.replace("fraction: 30%", "count: 9"), "count: 9 is more than exists"),
     "loose abort": (OK.replace("sli: error_rate, above: 5%", "sli: availability, below: 5%"), "looser than the steady"),
-    "no backend": (OK.replace("{kind: pod_failure}", "{kind: cpu_stress}"), 'no such fault "cpu_stress".'),
+    "no backend": (OK.replace("{kind: pod_failure}", "{kind: moon_phase}"), 'no such fault "moon_phase".'),
     "empty": ("", "the file is empty."),
     "not YAML": ("a: b: c: [", "not YAML: "),
     "bomb": (BOMB, "values (aliases counted in full)."),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.ports import Lease, Step, no_step
 from mlchaos_dagster.engine.processes import current_owner
 from mlchaos_dagster.errors import InjectFailed, RecoverFailed
 from mlchaos_dagster.settings import Home
@@ -37,10 +37,10 @@ class FileDriver:
     def resolve(self, target):
         return ()
 
-    def undo(self, kind, targets, params):
+    def undo(self, kind, targets, params, **_):
         return {}
 
-    def inject(self, lease: Lease) -> None:
+    def inject(self, lease: Lease, step: Step = no_step) -> None:
         for number, target in enumerate(lease.targets):
             if number and lease.params.get("stop_between"):
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -51,7 +51,7 @@ class FileDriver:
                 with open(self.directory / "history", "a") as f:
                     f.write(f"{time.monotonic()} {lease.id} {target}\n")
 
-    def recover(self, lease: Lease) -> None:
+    def recover(self, lease: Lease, step: Step = no_step) -> None:
         if (self.directory / "stuck").exists():
             raise RecoverFailed("the target is stuck", driver=self.name, verb="recover", lease_id=lease.id)
         with self._locked():

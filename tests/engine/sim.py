@@ -19,7 +19,7 @@ from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ledger import FileLedger
-from mlchaos_dagster.engine.ports import Budget, Health, Lease, Owner
+from mlchaos_dagster.engine.ports import Budget, Health, Lease, Owner, Step, no_step
 from mlchaos_dagster.engine.run import Kit, Run, quiet
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
@@ -141,11 +141,11 @@ class FakeDriver:
         self.world.call(driver=True)
         return tuple(f"replica-{i}" for i in range(1, self.world.replicas + 1))
 
-    def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any]) -> dict[str, Any]:
+    def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any], **_: Any) -> dict[str, Any]:
         self.world.call(driver=True)
         return {"before": list(targets)}
 
-    def inject(self, lease: Lease) -> None:
+    def inject(self, lease: Lease, step: Step = no_step) -> None:
         self.world.call(driver=True)
         if lease.id in self.world.fenced:
             raise InjectFailed("fenced", driver="fake", verb="inject", lease_id=lease.id)
@@ -153,7 +153,7 @@ class FakeDriver:
         self.world.faults[lease.id] = lease
         self.world.call(driver=True)  # may be lost after the effect, before the reply
 
-    def recover(self, lease: Lease) -> None:
+    def recover(self, lease: Lease, step: Step = no_step) -> None:
         self.world.call(driver=True)
         self.world.fenced.add(lease.id)
         if self.world.faults.pop(lease.id, None):
@@ -275,6 +275,7 @@ def build(
         gate=tmp_path / "gates" / "sim.json",
         active=ActiveRuns(tmp_path / "active", clock),
         stop_files=StopFiles(Home(tmp_path)),
+        backups=tmp_path / "ledger" / "backups",
         stops=[SimStop(world)],
     )
     return Run(
