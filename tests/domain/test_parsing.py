@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlchaos_dagster.domain import faults
 from mlchaos_dagster.domain.nodes import MAX_BYTES, MAX_NODES, read_document, resolve_plain
 from mlchaos_dagster.domain.parsing import nearest, parse_any, parse_environment, parse_experiment, parse_suite
 from mlchaos_dagster.domain.spec import Experiment, Suite
@@ -33,7 +34,7 @@ expect:
 recovery: {within: 30s}
 abort: [{sli: error_rate, above: 5%, for: 3s}]
 """
-FAULTS = "pod_delete, pod_failure, network_latency, network_loss, network_partition"
+FAULTS = ", ".join(faults.FAULTS)
 
 
 def problems_of(text: str | bytes) -> list[str]:
