@@ -56,8 +56,8 @@ def driver(name: str, home: Home, environment: str) -> Driver:
     return cast(Driver, build(home.sandbox(environment)))
 
 
-def prepare(environment: Environment, settings: Settings) -> None:
-    """Bring up what the environment owns: the embedded sandbox, when none is up.
+def prepare(environment: Environment, settings: Settings, experiment: Experiment | None = None) -> None:
+    """Bring up what the environment owns: the embedded sandbox, when none is up, with the parts an experiment needs.
 
     Raises:
         ConfigError: it cannot be started; says why.
@@ -69,7 +69,8 @@ def prepare(environment: Environment, settings: Settings) -> None:
     from mlchaos_dagster.sandbox.config import SandboxError
 
     try:
-        api.up(settings.home.sandbox(environment.name), sandbox_config(environment))
+        parts = sandbox_parts(environment, experiment) if experiment else ()
+        api.up(settings.home.sandbox(environment.name), sandbox_config(environment), parts=parts)
     except SandboxError as e:
         raise ConfigError(f"the sandbox of environment {environment.name} cannot be used: {e}") from e
 
@@ -90,6 +91,22 @@ def check_surroundings(environment: Environment, settings: Settings) -> None:
         api.same_config(settings.home.sandbox(environment.name), sandbox_config(environment))
     except SandboxError as e:
         raise ConfigError(f"the sandbox of environment {environment.name}: {e}") from e
+
+
+def sandbox_parts(environment: Environment, experiment: Experiment) -> tuple[str, ...]:
+    """The parts of the sandbox that an experiment touches or looks at. Raises ConfigError: there is no such part."""
+    from mlchaos_dagster.judgement.measures import signals_needed
+    from mlchaos_dagster.sandbox.parts import NAMES, parts_of_signals, with_required
+
+    target = environment.targets.get(experiment.target)
+    wanted = parts_of_signals(signals_needed(experiment, environment))
+    if target is not None and target.part is not None:
+        wanted.add(target.part)
+    try:
+        return with_required(wanted)
+    except KeyError as e:
+        where = f"environment {environment.name}, targets.{experiment.target}.part"
+        raise ConfigError(f"{where}: no part {e}. Allowed: serving, {', '.join(NAMES)}") from e
 
 
 def sandbox_config(environment: Environment) -> SandboxConfig:
@@ -139,7 +156,7 @@ def build_run(
         )
     home = settings.home
     environment = environment.facing(experiment.target)
-    prepare(environment, settings)
+    prepare(environment, settings, experiment)
     clock, owner, stop_files = SystemClock(), current_owner(), StopFiles(home)
     ledger = FileLedger(home.ledger, clock)
     kit = Kit(
@@ -220,7 +237,8 @@ class _LateProbe:
                 timeout_s=probe.timeout,
                 method=probe.method,
                 headers=headers,
-                bodies=tuple(probe.bodies),
+                bodies=probe.all_bodies,
+                value=probe.value or "",
             )
         )
         self._probe.start(zero)
@@ -369,7 +387,7 @@ def health_reader(environment: Environment, settings: Settings) -> Callable[[], 
             _HEALTH_REQUESTS,
             probe.timeout,
             method=probe.method,
-            bodies=probe.bodies,
+            bodies=probe.all_bodies,
             headers=probe_headers(environment),
         )
         score, detail = answered, f"{answered:.0%} of {_HEALTH_REQUESTS} requests answered"

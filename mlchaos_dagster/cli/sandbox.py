@@ -18,10 +18,15 @@ def command() -> None:
 
 
 @command.command("up")
+@click.option("--part", "parts", multiple=True, metavar="NAME", help="With this part, too (`all`: with every part).")
 @common
-def up() -> None:
-    """Start the platform and wait until it is ready; one that is up already is left as it is."""
+def up(parts: tuple[str, ...]) -> None:
+    """Start the platform and wait until it is ready; one that is up already is left as it is.
+
+    Parts beyond serving are started by the first experiment that needs them, or here by --part.
+    """
     from mlchaos_dagster.sandbox import api
+    from mlchaos_dagster.sandbox.parts import NAMES
 
     app = current()
     if app.environment.sandbox is None:
@@ -31,8 +36,12 @@ def up() -> None:
         )
     from mlchaos_dagster.wiring import sandbox_config
 
+    wanted = NAMES if "all" in parts else parts
+    if unknown := [name for name in wanted if name not in (*NAMES, "serving")]:
+        allowed = ", ".join(("all", "serving", *NAMES))
+        raise SpecError(f'the sandbox has no part "{unknown[0]}". Allowed: {allowed}', "--part")
     try:
-        found = api.up(_directory(app), sandbox_config(app.environment))
+        found = api.up(_directory(app), sandbox_config(app.environment), parts=wanted)
     except api.SandboxRefused as e:
         raise ConfigError(f"sandbox: {e}") from e
     except api.SandboxError as e:

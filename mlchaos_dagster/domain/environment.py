@@ -14,12 +14,50 @@ from mlchaos_dagster.domain.spec import AbortCondition, Mechanism, Model, Name
 from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction
 
 RequestMeasure = Literal[
-    "availability", "error_rate", "latency_p50", "latency_p95", "latency_p99", "latency_mean", "fallback_rate"
+    "availability",
+    "error_rate",
+    "latency_p50",
+    "latency_p95",
+    "latency_p99",
+    "latency_mean",
+    "fallback_rate",
+    "golden_error_rate",
+    "prediction_psi",
+    "prediction_ks",
 ]
 """SLIs that the built-in probe measures on its own requests."""
 MIN_WINDOW_REQUESTS = 5
 """Fewer requests in the sliding window say nothing: no abort limit is judged on them."""
-RATIO_MEASURES = ("availability", "error_rate", "fallback_rate")
+RATIO_MEASURES = ("availability", "error_rate", "fallback_rate", "golden_error_rate")
+SHIFT_MEASURES = ("prediction_psi", "prediction_ks")
+"""Distances between the predictions of a phase and those of the baseline: plain numbers."""
+VALUE_MEASURES = ("golden_error_rate", *SHIFT_MEASURES)
+"""Measures of the number in the answer: they need `probe.value`."""
+MOST_ITEMS = 10_000
+"""Longest range of bodies: each is kept as bytes by the load generator."""
+
+
+class ItemRange(Model):
+    """Bodies `{name: from}`, `{name: from + step}`, … up to and with `to`, in the place of a list."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Field of the JSON body."""
+    first: Annotated[int, Field(alias="from", ge=0)]
+    last: Annotated[int, Field(alias="to", ge=0)]
+    step: Annotated[int, Field(gt=0)] = 1
+
+    @model_validator(mode="after")
+    def _order(self) -> ItemRange:
+        if self.last < self.first:
+            raise ValueError(f"to ({self.last}) is below from ({self.first}). Allowed: to of at least {self.first}")
+        if len(self.numbers) > MOST_ITEMS:
+            raise ValueError(f"it is {len(self.numbers)} items. Allowed: at most {MOST_ITEMS}; a larger step gives fewer")
+        return self
+
+    @property
+    def numbers(self) -> range:
+        """The values, in turn."""
+        return range(self.first, self.last + 1, self.step)
 
 
 class RequestProbe(Model):
@@ -34,8 +72,38 @@ class RequestProbe(Model):
     """A request without an answer after this is a failure."""
     bodies: tuple[dict[str, Any], ...] = ()
     """JSON bodies, sent in turn; empty: none."""
+    items: ItemRange | None = None
+    """The same as a range of one number, such as `{name: entity_id, from: 0, to: 499}`; instead of `bodies`. Each body
+    is an item with an answer of its own: the baseline should see every one twice (rate × baseline ≥ 2 × items)."""
     headers: dict[str, str] = {}
     """A value `env:NAME` or `file:PATH` is read when the probe starts; records hold the reference only."""
+    value: Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")] | None = None
+    """Where the number is in the JSON answer: names and list positions with dots between, such as `score` or
+    `predictions.0`. Absent: answers are not read."""
+    golden: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+    """The right number for each body, in their order. Empty: what the baseline answered (its median by item)."""
+    golden_tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
+    """Largest absolute difference from the golden number that is no error. 1e-6: float noise, not a prediction."""
+
+    @model_validator(mode="after")
+    def _values(self) -> RequestProbe:
+        if self.items is not None and self.bodies:
+            raise ValueError("bodies and items are both given. Allowed: one of them")
+        if self.all_bodies and self.method == "GET":
+            raise ValueError("method: GET carries no body. Allowed with bodies or items: POST")
+        if self.golden and self.value is None:
+            raise ValueError("golden needs value: where the number is in the answer")
+        wanted = max(1, len(self.all_bodies))
+        if self.golden and len(self.golden) != wanted:
+            raise ValueError(f"golden has {len(self.golden)} numbers. Allowed: {wanted}, one for each body")
+        return self
+
+    @property
+    def all_bodies(self) -> tuple[dict[str, Any], ...]:
+        """The JSON bodies, sent in turn, however they were written."""
+        if self.items is None:
+            return self.bodies
+        return tuple({self.items.name: n} for n in self.items.numbers)
 
 
 class S3Location(Model):
@@ -101,6 +169,8 @@ class Sli(Model):
         """Unit for people: that of the measure, else the declared one."""
         if self.measure is None:
             return self.unit
+        if self.measure in SHIFT_MEASURES:
+            return ""
         return "ratio" if self.measure in RATIO_MEASURES else "s"
 
 
@@ -238,6 +308,11 @@ class Environment(Model):
                 raise ValueError(f"slis.{name}: a query needs prometheus: {{url: …}}")
             if sli.signal and sli.signal not in self.signals:
                 raise ValueError(f"slis.{name}: signal {sli.signal} is not among signals")
+            if sli.measure in VALUE_MEASURES and not any(p.value for p in self._probes()):
+                raise ValueError(
+                    f"slis.{name}: {sli.measure} is measured on the number in the answer, and probe.value does not say "
+                    "where that is. Allowed: probe: {value: score}, for an answer such as {\"score\": 0.7}"
+                )
         for i, condition in enumerate(self.limits.abort):
             if condition.sli not in self.slis:
                 raise ValueError(f"limits.abort[{i}].sli: no such SLI {condition.sli}")
@@ -248,6 +323,9 @@ class Environment(Model):
                     f"every healthy run. Allowed: {'below' if side == 'above' else 'above'}"
                 )
         return self
+
+    def _probes(self) -> list[RequestProbe]:
+        return [self.probe, *(t.probe for t in self.targets.values() if t.probe is not None)]
 
     @model_validator(mode="after")
     def _enough_requests(self) -> Environment:

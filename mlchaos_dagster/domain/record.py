@@ -6,6 +6,7 @@ All times `t`, `due_s`, … are seconds on the run's own clock: `time.monotonic(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,10 @@ class RequestSample(NamedTuple):
     path: str
     """Which path answered: `model`, `cache`, `error`."""
     replica: str
+    item: int = -1
+    """Index of the JSON body it carried; -1: none."""
+    value: float = math.nan
+    """The number in the answer (`probe.value`); NaN: there was none, or nobody looked."""
 
 
 class SignalSample(NamedTuple):
@@ -209,6 +214,7 @@ class Samples:
         """JSON-able columns, lossless: a stored run is judged on the very same numbers."""
         columns: Sequence[str] = RequestSample._fields
         requests = {name: [getattr(r, name) for r in self.requests] for name in columns}
+        requests["value"] = [None if math.isnan(v) else v for v in requests["value"]]
         names = sorted({s.name for s in self.signals})
         return {
             "requests": requests,
@@ -218,9 +224,13 @@ class Samples:
 
     @classmethod
     def from_columns(cls, columns: dict[str, Any]) -> Samples:
-        """The inverse of `to_columns`."""
+        """The inverse of `to_columns`; columns that an older version did not write take their defaults."""
         requests = columns["requests"]
-        rows = zip(*(requests[name] for name in RequestSample._fields), strict=True)
+        n = len(requests["due_s"])
+        known = {name: requests[name] for name in RequestSample._fields if name in requests}
+        known |= {name: [d] * n for name, d in RequestSample._field_defaults.items() if name not in requests}
+        known["value"] = [math.nan if v is None else v for v in known["value"]]
+        rows = zip(*(known[name] for name in RequestSample._fields), strict=True)
         signals = [SignalSample(t, n, v) for n, steps in columns["signals"].items() for t, v in steps]
         signals.sort(key=lambda s: s.t)
         return cls(
@@ -251,6 +261,31 @@ class SliResult(_Fact):
     slo: str = ""
     """The objective, as written; empty: none."""
     met: bool | None = None
+
+
+class GoldenFacts(_Fact):
+    """The golden predictions of a run, and how the answers of its window compare with them."""
+
+    digest: str
+    """SHA-256 over items and golden numbers rounded to the tolerance: equal in two runs that were served alike."""
+    items: int
+    """Items with a golden number that answers are compared with."""
+    unstable: tuple[int, ...] = ()
+    """Items left out in the window: their baseline answers disagree by more than the tolerance."""
+    declared: bool = False
+    """Whether the numbers are the environment's; else they are the baseline's medians."""
+    tolerance: float = 0.0
+    compared: int = 0
+    """Answers of the window that could be compared."""
+    wrong: int = 0
+    """Of these, how many differ or carry no number."""
+    without_number: int = 0
+    first_item: int | None = None
+    """Of the first wrong answer."""
+    first_value: float | None = None
+    """None: it carried no number."""
+    first_golden: float | None = None
+    """None: nothing is known of this item."""
 
 
 class ExpectationResult(_Fact):
@@ -291,6 +326,8 @@ class Verdict(_Fact):
     fault_fired: bool = False
     steady_before: bool | None = None
     held: bool | None = None
+    golden: GoldenFacts | None = None
+    """None: the probe reads no numbers, or there was no baseline."""
     advice: str = ""
     """How to see what was not seen, or what would let the run through."""
     judged_by: str = ""

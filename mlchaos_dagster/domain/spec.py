@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from typing_extensions import Self
 
 from mlchaos_dagster.domain.faults import Fault
 from mlchaos_dagster.domain.units import Duration, Fraction, parse_quantity, unit_of
 
 NAME_PATTERN = r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$"
+EVERYTHING = "all"
+"""In a suite: every experiment of the library."""
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=63)]
 """Lower case, digits, dashes: usable as Dagster key, file name and Kubernetes object name."""
 
@@ -183,6 +186,15 @@ class BlastRadius(Model):
             raise ValueError("needs exactly one of fraction, count")
         return self
 
+    def words(self, taken: int, existing: int) -> str:
+        """`1 of 3 (33 %) for 10 % asked, at least one`: what was asked for is said where it is not what was hit."""
+        share = taken / existing if existing else 0.0
+        said = f"{taken} of {existing} ({share * 100:.0f} %)"
+        if self.fraction is None or abs(share - self.fraction) < 0.005:
+            return said
+        why = "at least one" if share > self.fraction else "rounded down"
+        return f"{said} for {self.fraction * 100:g} % asked, {why}"
+
     def take(self, existing: int) -> int:
         """How many of `existing` targets are hit.
 
@@ -251,8 +263,8 @@ def _bounded(seconds: float) -> float:
     return seconds
 
 
-class Experiment(Model):
-    """One experiment: a hypothesis about a target under a fault."""
+class Head(Model):
+    """What an experiment is about."""
 
     schema_: Annotated[Literal["mlchaos/v1"], Field(alias="schema")]
     name: Name
@@ -265,9 +277,25 @@ class Experiment(Model):
     target: Name
     """Logical; each environment maps it."""
     fault: Fault
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.name == EVERYTHING:
+            raise ValueError(f'name: "{EVERYTHING}" means every experiment in a suite. Allowed: another name')
+        return self
+
+
+class Size(Model):
+    """How much is hit, and for how long."""
+
     blast_radius: BlastRadius
     duration: Annotated[Duration, AfterValidator(_bounded)]
     """Length of the fault window before the environment's `duration_scale`."""
+
+
+class Promises(Model):
+    """What must hold, what must be seen, and what must have been shown before."""
+
     steady_state: Annotated[tuple[Objective, ...], Field(min_length=1)]
     """Holds before (else no chaos), judged during, regained after."""
     expect: tuple[Expectation, ...] = ()
@@ -278,10 +306,14 @@ class Experiment(Model):
     """An anytime-valid comparison with the baseline, beside the limits; absent: none."""
     teeth: Teeth | None = None
     prerequisites: tuple[str, ...] = ()
+    depends_on: Name | None = None
+    """The experiment whose latest run in the same environment must have HELD; else this one is REFUSED."""
+    depends_within: Duration = 86400.0
+    """How long ago that run may have ended. 24 h: yesterday's proof says little of today's platform."""
     tags: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _coherent(self) -> Experiment:
+    def _coherent(self) -> Self:
         for i, condition in enumerate(self.abort):
             for slo in self.steady_state:
                 if slo.sli == condition.sli and _looser(condition, slo):
@@ -296,6 +328,16 @@ class Experiment(Model):
             if (slo.sli, slo.floor) in seen:
                 raise ValueError(f"steady_state[{i}]: a second limit of the same side on {slo.sli}")
             seen.add((slo.sli, slo.floor))
+        return self
+
+
+class Experiment(Promises, Size, Head):
+    """One experiment: a hypothesis about a target under a fault. (Fields of the last base come first.)"""
+
+    @model_validator(mode="after")
+    def _not_itself(self) -> Experiment:
+        if self.depends_on == self.name:
+            raise ValueError("depends_on: an experiment cannot wait for itself. Allowed: another experiment")
         return self
 
 
@@ -320,11 +362,29 @@ class SuiteSchedule(Model):
     """At least this long after the suite's last run."""
 
 
+class _OrEverything:
+    """The JSON Schema of a list of names, or the word for all of them."""
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(core_schema), {"const": EVERYTHING}]}
+
+
 class Suite(Model):
     """Experiments that run together, one after the other."""
 
     schema_: Annotated[Literal["mlchaos/v1"], Field(alias="schema")]
     name: Name
     title: str
-    experiments: Annotated[tuple[Name, ...], Field(min_length=1)]
+    experiments: Annotated[
+        tuple[Name, ...],
+        Field(min_length=1),
+        BeforeValidator(lambda raw: (raw,) if raw == EVERYTHING else raw),  # pyright: ignore[reportUnknownLambdaType]
+        _OrEverything(),
+    ]
+    """Names in their order; one with stages stands for all of them. `all`: every experiment of the library."""
     schedule: SuiteSchedule | None = None
+
+    @property
+    def everything(self) -> bool:
+        """Whether it names no experiments but takes whatever the library holds."""
+        return self.experiments == (EVERYTHING,)

@@ -18,10 +18,13 @@ from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.engine.ports import Lease, Step, no_step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox import api
+from mlchaos_dagster.sandbox.faults import NETWORK_KINDS, POD_KINDS
+from mlchaos_dagster.sandbox.handlers import HANDLERS
 from mlchaos_dagster.sandbox.identity import lives
 
 NAME = "sandbox"
-_NETWORK = frozenset({"network_latency", "network_loss", "network_partition"})
+_NETWORK = frozenset(NETWORK_KINDS)
+_PODS = frozenset(POD_KINDS)
 _SILENCE_S = 0.25
 """A link that says nothing for this long passes nothing; two orders above a healthy round trip (1–3 ms)."""
 _ALIVE_S = 1.0
@@ -34,7 +37,7 @@ class SandboxDriver:
     """Driver for the sandbox in one directory. Every call is bounded to about four seconds."""
 
     name = NAME
-    faults = frozenset({"pod_delete", "pod_failure"}) | _NETWORK
+    faults = _PODS | _NETWORK | frozenset(HANDLERS)
     self_limiting = faults
     """Deadlines are kept by the supervisor (processes) and by each proxy itself (links)."""
 
@@ -212,7 +215,7 @@ class SandboxDriver:
 def _params(lease: Lease) -> dict[str, Any]:
     """The fault's parameters in the sandbox's units."""
     given = {name: value for name, value in lease.params.items() if value is not None}
-    if lease.kind == "network_latency":
+    if "latency_s" in given:
         return {"latency_ms": given["latency_s"] * 1000, "jitter_ms": given.get("jitter_s", 0.0) * 1000}
     if lease.kind == "pod_delete" and "signal" in given:
         given["signal"] = f"SIG{given['signal'].upper()}"
@@ -256,7 +259,9 @@ def _round_trips(directory: Path, links: tuple[str, ...], timeout_s: float) -> d
 
 def _confirmed(lease: Lease, target: str, trip: _Trip | None, children: dict[str, Any]) -> bool:
     """Whether our own look at the target agrees with what the sandbox says of it, and it was different before."""
-    if lease.kind not in _NETWORK:
+    if lease.kind not in _NETWORK | _PODS:
+        return True  # the sandbox read it from the target a moment ago; there is no second place to look
+    if lease.kind in _PODS:
         before = lease.undo.get("processes", {}).get(target)
         if before is None or _lives(before):
             return False

@@ -1,8 +1,8 @@
-"""HTTP/1.1 as a probe needs it: request bytes and an incremental response reader that throws the body away.
+"""HTTP/1.1 as a probe needs it: request bytes and an incremental response reader that keeps a small body if asked to.
 
 Owns framing (content length, chunks, until close) and nothing else: no sockets, no clock. Written by hand because it
-runs once per request in the load generator, which must stay cheap and free of third-party imports; a body is never
-kept, so an endless answer costs no memory.
+runs once per request in the load generator, which must stay cheap and free of third-party imports; a body is thrown
+away unless it was asked for, and then beyond its limit, so an endless answer costs no memory.
 """
 
 from __future__ import annotations
@@ -41,13 +41,19 @@ def request_bytes(method: str, target: str, host: str, headers: list[tuple[str, 
 class ResponseReader:
     """Reads one response. Feed it what the socket gives until it says that the response is complete."""
 
-    __slots__ = ("_buffer", "_no_body", "_remaining", "_state", "_trailers", "_wanted", "found", "keep_alive", "status")
+    __slots__ = (
+        "_buffer", "_no_body", "_remaining", "_room", "_state", "_trailers", "_wanted", "body", "found", "keep_alive",
+        "status",
+    )  # fmt: skip
 
-    def __init__(self, wanted: tuple[bytes, ...], *, head_request: bool = False) -> None:
-        """`wanted`: lower-case header names whose values are kept in `found`."""
+    def __init__(self, wanted: tuple[bytes, ...], *, head_request: bool = False, keep_body: int = 0) -> None:
+        """`wanted`: lower-case header names whose values are kept in `found`; `keep_body`: longest body kept, bytes."""
         self.status = 0
         self.found: dict[bytes, str] = {}
         self.keep_alive = True
+        self.body = b""
+        """What was kept: nothing of a body longer than `keep_body`."""
+        self._room = keep_body
         self._wanted = wanted
         self._no_body = head_request
         self._buffer = b""
@@ -76,6 +82,8 @@ class ResponseReader:
                 data = data[end + 4 :]
             self._buffer = b""
         if self._state == _LENGTH:
+            if self._room:
+                self._keep(data[: self._remaining])
             self._remaining -= len(data)
             if self._remaining > 0:
                 return False
@@ -84,6 +92,9 @@ class ResponseReader:
             self._state = _DONE
         elif self._state == _CHUNKS:
             self._chunks(data)
+        elif self._state == _UNTIL_CLOSE:
+            if self._room:
+                self._keep(data)
         elif self._state == _DONE and data:
             self.keep_alive = False
         return self._state == _DONE
@@ -135,12 +146,20 @@ class ResponseReader:
         else:
             self._state, self.keep_alive = _UNTIL_CLOSE, False
 
+    def _keep(self, data: bytes) -> None:
+        if len(self.body) + len(data) > self._room:
+            self.body, self._room = b"", 0
+        else:
+            self.body += data
+
     def _chunks(self, data: bytes) -> None:
         data = self._buffer + data if self._buffer else data
         self._buffer = b""
         while True:
             if self._remaining:
                 skipped = min(self._remaining, len(data))
+                if self._room and self._remaining > 2:  # 2: the line end is no part of the chunk
+                    self._keep(data[: min(skipped, self._remaining - 2)])
                 data = data[skipped:]
                 self._remaining -= skipped
                 if self._remaining:

@@ -7,7 +7,8 @@ Dagster and numpy; `benchmarks/probe.py` has the figures. `time.monotonic()` is 
 
 Protocol: standard input carries the configuration as one JSON line, later `stop`; its end means that the owner died,
 and ends this process at once. Standard output carries one JSON line `{"start_s": …}` and then batches
-`[cpu_s, [[due_s, sent_s, done_s, status, ok, path, replica], …]]`.
+`[cpu_s, [[due_s, sent_s, done_s, status, ok, path, replica, item], …]]`, a row with the answer's number at its end
+where one was asked for and found.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import errno
 import gc
 import ipaddress
 import json
+import math
 import os
 import signal
 import time
@@ -35,6 +37,8 @@ OWNER_CHECK_EVERY_S = 0.5
 MAX_BACKLOG_BYTES = 64 * 2**20
 """Samples kept for an owner that does not read (about 12 minutes at 1,000/s). More means that nobody listens."""
 MAX_LABEL_CHARS = 64
+MAX_VALUE_BODY_BYTES = 64 * 1024
+"""Longer answers are not read for their number: parsing them would make the measurer late."""
 
 # Failures of this machine, not of the target: calling them connection errors would blame the target.
 _OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
@@ -122,6 +126,9 @@ class Generator:
         self.replica_header = config["replica_header"].lower().encode("latin-1")
         self.wanted = (self.path_header, self.replica_header)
         self.head_request = config["method"] == "HEAD"
+        self.value_path: tuple[str, ...] = tuple(config["value"].split(".")) if config["value"] else ()
+        self.keep_body = MAX_VALUE_BODY_BYTES if self.value_path else 0
+        self.items = len(config["bodies"])
 
         self._config = config
         url = urlsplit(config["url"])
@@ -259,7 +266,7 @@ class Generator:
             self.idle.remove(connection)
 
     def new_reader(self) -> ResponseReader:
-        return ResponseReader(self.wanted, head_request=self.head_request)
+        return ResponseReader(self.wanted, head_request=self.head_request, keep_body=self.keep_body)
 
     def _bytes(self, k: int) -> bytes:
         of_body, of_entity = k % len(self._bodies), k % len(self._entities)
@@ -293,7 +300,11 @@ class Generator:
             path = reader.found.get(self.path_header, "")[:MAX_LABEL_CHARS]
             replica = reader.found.get(self.replica_header, "")[:MAX_LABEL_CHARS]
         times = [round(request.due - zero, 6), round(request.sent - zero, 6), round(done - zero, 6)]
-        self.samples.append([*times, status, ok, path, replica])
+        row: list[Any] = [*times, status, ok, path, replica, request.k % self.items if self.items else -1]
+        # Read after the clock was: what it costs is not the target's latency.
+        if ok and self.value_path and reader is not None and (found := number_in(reader.body, self.value_path)) is not None:
+            row.append(found)
+        self.samples.append(row)
         if not self._flushing:
             self._flushing = True
             self.loop.call_later(FLUSH_EVERY_S, self._flush)
@@ -358,6 +369,23 @@ class Generator:
 
 def _json_bytes(body: object) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
+
+
+def number_in(body: bytes, path: tuple[str, ...]) -> float | None:
+    """The finite number at a path of names and list positions in a JSON body; None when there is none.
+
+    Never raises: whatever a target answers, the schedule goes on.
+    """
+    try:
+        found: Any = json.loads(body)
+        for step in path:
+            found = found[int(step)] if isinstance(found, list) else found[step]
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            return None
+        number = float(found)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _is_address(host: str) -> bool:

@@ -52,6 +52,8 @@ class HttpProbeConfig:
     """JSON bodies, taken in turn: request k carries body k modulo their number."""
     entities: tuple[str, ...] = ()
     """Values for `{entity}` in the URL, taken in turn."""
+    value: str = ""
+    """Dotted path of a number in the JSON answer, such as `score` or `predictions.0`; empty: answers are not read."""
     expect_status: tuple[int, ...] = ()
     """Statuses that are ok. Default: 200 to 399."""
     path_header: str = "X-Answered-By"
@@ -90,6 +92,8 @@ class HttpProbeConfig:
                 raise ConfigError(f"HTTP probe: header {name!r} has characters that HTTP does not allow")
             if name.lower() in ("content-length", "transfer-encoding", "connection"):
                 raise ConfigError(f"HTTP probe: header {name!r} is set by the probe itself")
+        if self.value and not all(self.value.split(".")):
+            raise ConfigError(f"HTTP probe: value is {self.value!r}. Allowed: names with dots between, such as score")
         for status in self.expect_status:
             if not 100 <= status <= 599:
                 raise ConfigError(f"HTTP probe: expect_status has {status}. Allowed: 100 to 599")

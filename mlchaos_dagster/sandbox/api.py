@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .config import (
     SandboxUnavailable,
 )
 from .identity import kill, lives, processes_of, wait_gone
+from .parts import with_required
 from .tombstones import write_tombstone
 
 __all__ = [
@@ -50,8 +51,10 @@ _STARTING_S = 30.0
 """A sandbox that is up and not ready may still be starting for this long; a busy machine needs 10 s."""
 
 
-def up(directory: Path | str, config: SandboxConfig | None = None, timeout_s: float = 60) -> dict[str, Any]:
-    """Have a ready sandbox in ``directory`` and return its status.
+def up(
+    directory: Path | str, config: SandboxConfig | None = None, timeout_s: float = 60, parts: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Have a ready sandbox in ``directory``, with these parts beyond serving, and return its status.
 
     One that is up already is taken as it is, ready or not; only one that was started a moment ago is waited for. Two callers at the same moment get the same sandbox. It is detached: it outlives the caller.
 
@@ -66,14 +69,15 @@ def up(directory: Path | str, config: SandboxConfig | None = None, timeout_s: fl
     with _locked(home, end):
         if is_alive(home):
             same_config(home, config)
-            return _as_it_is(home, end)
+            return _with_parts(home, parts, end) or _as_it_is(home, end)
         _take_down(home, 5.0)  # what a killed one may have left
         _launch(home, config or SandboxConfig())
         try:
-            return _wait_ready(home, end)
+            seen = _wait_ready(home, end)
         except SandboxError:
             _take_down(home, 5.0)
             raise
+        return _with_parts(home, parts, end) or seen
 
 
 def down(directory: Path | str, timeout_s: float = 10) -> dict[str, Any]:
@@ -200,6 +204,23 @@ def _wait_ready(home: Path, end: float) -> dict[str, Any]:
         time.sleep(0.1)  # each look asks every process, which would rather be starting
     waiting = [f"{p['name']}: {p['reason']}" for p in seen.get("processes", []) if not p["ready"]]
     raise SandboxError(f"the sandbox was not ready in time; waiting for {'; '.join(waiting) or 'its supervisor'}")
+
+
+def _with_parts(home: Path, parts: Iterable[str], end: float) -> dict[str, Any] | None:
+    """Start what is missing and wait until its processes are ready; None when nothing is missing."""
+    client = SandboxClient(home)
+    before = set(client.status()["parts"])
+    if not set(with_required(parts)) - before:
+        return None
+    client.start_parts(parts)
+    while True:
+        seen = client.status()
+        if seen["ready"]:
+            return seen
+        if time.monotonic() >= end:
+            waiting = [f"{p['name']}: {p['reason']}" for p in seen["processes"] if not p["ready"]]
+            raise SandboxError(f"{', '.join(parts)} was not ready in time; waiting for {'; '.join(waiting)}")
+        time.sleep(0.1)
 
 
 def _as_it_is(home: Path, end: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -84,6 +84,10 @@ class SandboxClient:
     def scale(self, replicas: int) -> dict[str, Any]:
         """Set the number of inference replicas."""
         return self._call("PUT", "/scale", {"replicas": replicas})
+
+    def start_parts(self, parts: Iterable[str]) -> list[str]:
+        """Bring parts of the platform up, with what they require; readiness follows. All parts there are."""
+        return self._call("PUT", "/parts", {"parts": list(parts)})["parts"]
 
     def requests(self, window_s: float) -> dict[str, Any]:
         """Gateway requests of the last ``window_s`` seconds: ``{total, bad, window_s, covered_s, age_s}``."""

@@ -6,7 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MECHANISMS = ("restart", "breaker", "fallback", "retries", "readiness")
+MECHANISMS = (
+    "restart",
+    "breaker",
+    "fallback",
+    "retries",
+    "readiness",
+    "checkpoints",
+    "data_validation",
+    "model_check",
+    "golden_check",
+    "canary",
+    "feature_validation",
+    "autoscaler",
+    "backpressure",
+    "spool",
+    "failover",
+    "cert_reload",
+    "credential_overlap",
+    "segmentation",
+)
 """Resilience mechanisms that can be switched off at start.
 
 - ``restart``: the supervisor restarts a process that exited (proxies, which are the network, always are).
@@ -14,6 +33,19 @@ MECHANISMS = ("restart", "breaker", "fallback", "retries", "readiness")
 - ``fallback``: features that were seen before answer when the feature store does not.
 - ``retries``: a second try at the feature store; up to two more tries on other replicas.
 - ``readiness``: balance over ready replicas only; off = over all replicas, ready or not.
+- ``checkpoints``: a trainer writes checkpoints and resumes from the last valid one; off = it begins anew.
+- ``data_validation``: a trainer checks its data against the manifest; off = it trains on what it gets.
+- ``model_check``: a replica checks a model's checksum before it loads it.
+- ``golden_check``: a replica checks a model's golden predictions before it serves it.
+- ``canary``: one replica serves a new version first; it is rolled back when its answers are not as expected.
+- ``feature_validation``: null rate, range and freshness of features are checked; a bad row is answered from the cache.
+- ``autoscaler``: replicas are added while their CPU is busy.
+- ``backpressure``: a full queue says so (429) instead of taking what it cannot keep.
+- ``spool``: the workflow runner keeps what it could not log and logs it later.
+- ``failover``: the tracking server goes on with its standby database when the first one is damaged.
+- ``cert_reload``: the edge takes a new certificate without closing connections.
+- ``credential_overlap``: old and new API credentials are both accepted for a while.
+- ``segmentation``: a process that was isolated is taken out of rotation before requests are lost on it.
 """
 
 MAX_REPLICAS = 20

@@ -84,6 +84,13 @@ def _routes(app: web.Application, supervisor: Supervisor) -> None:
             await supervisor.scale(replicas)
         return {"replicas": supervisor.replicas}
 
+    async def parts(request: web.Request) -> Any:
+        body = await _json(request)
+        names = body.get("parts") if isinstance(body, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Refused(400, "parts must be a list of names")
+        return {"parts": ["serving", *supervisor.start_parts(names)]}
+
     async def requests(request: web.Request) -> Any:
         text = request.query.get("window_s", "60")
         try:
@@ -106,6 +113,7 @@ def _routes(app: web.Application, supervisor: Supervisor) -> None:
         ("DELETE", "/faults/{lease_id}", remove_fault),
         ("GET", "/faults", faults),
         ("PUT", "/scale", scale),
+        ("PUT", "/parts", parts),
         ("GET", "/requests", requests),
         ("POST", "/shutdown", shutdown),
     ):

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 
-from .faults import NETWORK_KINDS, Fault, Refused, parse
+from .faults import NETWORK_KINDS, POD_KINDS, Fault, Refused, parse
+from .handlers import HANDLERS, Handler
 from .slots import Slot
 from .tombstones import read_tombstones, write_tombstone
 from .truth import TruthLog
@@ -24,26 +25,32 @@ from .truth import TruthLog
 _CALL_S = 0.6
 """A proxy that has not confirmed by then is killed, so that two of them fit into the caller's two seconds."""
 _WATCH_S = 0.1
+_AGAIN_S = 0.5
+"""Between two tries to take away what has expired and does not go."""
 
 ProxyCall = Callable[[Slot, str, str, Any, float], Awaitable[tuple[int, Any]]]
 _UNANSWERED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
-
-
-def proxy_of(link: str) -> str:
-    """Name of the proxy process that a link runs through."""
-    return "proxy-feature-store" if link.endswith("feature-store") else "proxy-inference"
 
 
 class FaultBook:
     """All faults of one sandbox. ``call`` sends one request to a proxy's control face."""
 
     def __init__(
-        self, slots: dict[str, Slot], links: Callable[[], list[str]], call: ProxyCall, truth: TruthLog, directory: Path
+        self,
+        slots: dict[str, Slot],
+        links: Callable[[], Mapping[str, str]],
+        call: ProxyCall,
+        truth: TruthLog,
+        directory: Path,
+        handler: Callable[[str], Handler],
     ) -> None:
         self._slots = slots
         self._links = links
+        """Link → the proxy process that it runs through."""
         self._call = call
         self._truth = truth
+        self._build = handler
+        self._handlers: dict[str, Handler] = {}
         self._faults: dict[tuple[str, str, str], Fault] = {}
         self._highest: dict[str, int] = {}
         self._seen_expiries: dict[int, int] = {}
@@ -59,7 +66,9 @@ class FaultBook:
         Raises:
             Refused: nothing of it is left in force.
         """
-        fault = parse(body, self._slots, self._links())
+        fault = parse(
+            body, self._slots, self._links(), {kind: lambda kind=kind: self._handler(kind) for kind in HANDLERS}
+        )
         async with self.lock:
             if fault.lease_id in self._tombstones:
                 raise Refused(409, f"lease {fault.lease_id} was removed; it can never inject again")
@@ -70,10 +79,9 @@ class FaultBook:
                 self._highest[fault.target] = fault.token
                 self._faults[fault.key] = fault
                 try:
-                    await (self._inject_network(fault) if fault.kind in NETWORK_KINDS else self._inject_pod(fault))
+                    await self._inject(fault)
                 except BaseException:  # also a cancelled request: half a fault is taken away, then it is told
-                    self._faults.pop(fault.key, None)
-                    await asyncio.shield(self._clear(fault))
+                    await asyncio.shield(self._take_back(fault))
                     raise
                 self._truth.write(
                     "fault_added", fault.target, None, fault.lease_id, kind=fault.kind, params=fault.params
@@ -89,8 +97,8 @@ class FaultBook:
         async with self.lock:
             removed = [fault for fault in self._faults.values() if fault.lease_id == lease]
             for fault in removed:
-                del self._faults[fault.key]
                 await self._clear(fault)
+                self._faults.pop(fault.key, None)
                 self._truth.write("fault_removed", fault.target, None, lease, kind=fault.kind)
             # Ask every proxy, not only those we remember: their word counts, and they keep the tombstone too.
             proxies = [slot for slot in self._slots.values() if slot.role == "proxy"]
@@ -104,8 +112,10 @@ class FaultBook:
         for fault in list(self._faults.values()):
             if fault.kind in NETWORK_KINDS:
                 seen = self._seen_network(fault, rules.pop(fault.key, None), unanswered)
-            else:
+            elif fault.kind in POD_KINDS:
                 seen = self._seen_pod(fault)
+            else:
+                seen = await self._seen_other(fault)
             if seen is not None:
                 found.append(seen)
         for rule in rules.values():  # in force, though we do not mean it: say so
@@ -121,15 +131,19 @@ class FaultBook:
                     found.append(stray.to_dict(effective=not slot.running, evidence=[f"{slot.name} is held down"]))
         return {"faults": found, "unanswered": sorted(unanswered)}
 
+    def _proxy_of(self, link: str) -> str:
+        return self._links().get(link, "")
+
     def on(self, target: str) -> list[str]:
         """Leases with a fault on this process or on a link to it."""
-        return sorted({f.lease_id for f in self._faults.values() if f.target in (target, f"gateway->{target}")})
+        links = {name for name in self._links() if target in name.split("->")}
+        return sorted({f.lease_id for f in self._faults.values() if f.target == target or f.target in links})
 
     async def reinstate(self, slot: Slot) -> None:
         """Give a proxy that is new the rules that are still meant."""
         async with self.lock:
             for fault in list(self._faults.values()):
-                if fault.kind in NETWORK_KINDS and proxy_of(fault.target) == slot.name and fault.remaining_s > 0:
+                if fault.kind in NETWORK_KINDS and self._proxy_of(fault.target) == slot.name and fault.remaining_s > 0:
                     try:
                         await self._post_rule(slot, fault)
                         self._truth.write("fault_reinstated", fault.target, slot.pid, fault.lease_id, kind=fault.kind)
@@ -149,16 +163,50 @@ class FaultBook:
                 rule = rules.get(fault.key)
                 if rule is not None:
                     self._log_effect(fault, rule["first_effect"])
-                elif fault.remaining_s <= 0 and proxy_of(fault.target) not in unanswered:
+                elif fault.remaining_s <= 0 and self._proxy_of(fault.target) not in unanswered:
                     # It died with its proxy, before its time was up; the proxy tells of all others itself.
                     if self._faults.pop(fault.key, None) is not None:
                         self._truth.write("fault_expired", fault.target, None, fault.lease_id, kind=fault.kind)
+
+    # -- kinds with a handler ----------------------------------------------------------------------------------------
+
+    def _handler(self, kind: str) -> Handler:
+        if kind not in self._handlers:
+            self._handlers[kind] = self._build(kind)
+        return self._handlers[kind]
+
+    async def _inject(self, fault: Fault) -> None:
+        if fault.kind in NETWORK_KINDS:
+            await self._inject_network(fault)
+        elif fault.kind in POD_KINDS:
+            await self._inject_pod(fault)
+        else:
+            await self._handler(fault.kind).inject(fault)
+            fault.tasks.append(asyncio.get_running_loop().create_task(self._expire(fault)))
+
+    async def _take_back(self, fault: Fault) -> None:
+        try:
+            await self._clear(fault)
+        except Refused:  # it may be there: it stays in the book, and is tried again until it is gone
+            fault.deadline = time.monotonic()
+            fault.tasks.append(asyncio.get_running_loop().create_task(self._expire(fault)))
+        else:
+            self._faults.pop(fault.key, None)
+
+    async def _seen_other(self, fault: Fault) -> dict[str, Any] | None:
+        seen = await self._handler(fault.kind).seen(fault)
+        if seen is None:
+            return None
+        effective, evidence, details = seen
+        if effective:
+            self._log_effect(fault, time.monotonic())
+        return fault.to_dict(effective=effective, evidence=evidence, **details)
 
     # -- pods -------------------------------------------------------------------------------------------------------
 
     async def _inject_pod(self, fault: Fault) -> None:
         slot = self._slots[fault.target]
-        if fault.kind == "pod_delete" and "interval_s" not in fault.params and not slot.running:
+        if fault.kind != "pod_failure" and "interval_s" not in fault.params and not slot.running:
             raise Refused(409, f"{fault.target} is not running: there is nothing to delete")
         if fault.kind == "pod_failure":
             slot.hold(fault.hold_key)
@@ -184,11 +232,19 @@ class FaultBook:
 
     async def _expire(self, fault: Fault) -> None:
         await asyncio.sleep(fault.remaining_s)
-        async with self.lock:
-            if self._faults.pop(fault.key, None) is None:
-                return
-            self._truth.write("fault_expired", fault.target, None, fault.lease_id, kind=fault.kind)
-            await self._clear(fault)
+        while True:
+            async with self.lock:
+                if fault.key not in self._faults:
+                    return
+                try:
+                    await self._clear(fault)
+                except Refused as error:
+                    self._truth.write("fault_lingers", fault.target, None, fault.lease_id, error=str(error))
+                else:
+                    del self._faults[fault.key]
+                    self._truth.write("fault_expired", fault.target, None, fault.lease_id, kind=fault.kind)
+                    return
+            await asyncio.sleep(_AGAIN_S)
 
     def _seen_pod(self, fault: Fault) -> dict[str, Any]:
         slot = self._slots.get(fault.target)
@@ -206,7 +262,7 @@ class FaultBook:
     # -- network ----------------------------------------------------------------------------------------------------
 
     async def _inject_network(self, fault: Fault) -> None:
-        slot = self._slots[proxy_of(fault.target)]
+        slot = self._slots[self._proxy_of(fault.target)]
         if not slot.running or slot.port is None:
             raise Refused(503, f"{slot.name} is not running; try again")
         try:
@@ -230,14 +286,17 @@ class FaultBook:
             raise Refused(503 if status == 404 else status, f"{slot.name}: {answer.get('error', status)}")
 
     async def _clear(self, fault: Fault) -> None:
-        """Undo one fault at its target; the book no longer has it."""
+        """Undo one fault at its target. Raises Refused: it may still be there, and stays in the book."""
         current = asyncio.current_task()
+        if fault.kind not in (*NETWORK_KINDS, *POD_KINDS):
+            await self._handler(fault.kind).clear(fault)
         for task in fault.tasks:
             if task is not current:
                 task.cancel()
-        if fault.kind in NETWORK_KINDS:
-            slot = self._slots.get(proxy_of(fault.target))
-            if slot is not None and not any(other.lease_id == fault.lease_id for other in self._faults.values()):
+        if fault.kind not in POD_KINDS:
+            slot = self._slots.get(self._proxy_of(fault.target)) if fault.kind in NETWORK_KINDS else None
+            others = [other for other in self._faults.values() if other is not fault]
+            if slot is not None and not any(other.lease_id == fault.lease_id for other in others):
                 await self._clear_proxy(slot, fault.lease_id)
         elif (slot := self._slots.get(fault.target)) is not None and slot.release(fault.hold_key):
             self._truth.write("released", fault.target, None, fault.lease_id)
@@ -289,7 +348,7 @@ class FaultBook:
         self._truth.write("fault_expired", event["link"], None, event["lease_id"], kind=event["kind"], **moment)
 
     def _seen_network(self, fault: Fault, rule: dict[str, Any] | None, unanswered: set[str]) -> dict[str, Any] | None:
-        proxy = proxy_of(fault.target)
+        proxy = self._proxy_of(fault.target)
         if rule is not None:
             self._log_effect(fault, rule["first_effect"])
             evidence = [_rule_line(rule)]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 MAX_DEADLINE_S = 86_400.0
-POD_KINDS = ("pod_delete", "pod_failure")
+POD_KINDS = ("pod_delete", "pod_failure", "container_kill")
 NETWORK_KINDS = ("network_latency", "network_loss", "network_partition")
-KINDS = POD_KINDS + NETWORK_KINDS
 
 _REQUIRED = {"network_latency": ("latency_ms",), "network_loss": ("fraction",)}
 _OPTIONAL = {"pod_delete": ("interval_s", "signal"), "pod_failure": ("signal",), "network_latency": ("jitter_ms",)}
@@ -80,8 +79,22 @@ class Fault:
         }
 
 
-def parse(body: Any, processes: Collection[str], links: Collection[str]) -> Fault:
-    """Check a request to the last field.
+class Kind(Protocol):
+    """What a kind of fault allows, where this module does not know it itself (see ``handlers``)."""
+
+    def targets(self) -> Collection[str]:
+        """Names it can be put on now."""
+        ...
+
+    def params(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters, checked. Raises Refused."""
+        ...
+
+
+def parse(
+    body: Any, processes: Collection[str], links: Collection[str], others: Mapping[str, Callable[[], Kind]]
+) -> Fault:
+    """Check a request to the last field. ``others``: kinds that have a handler.
 
     Raises:
         Refused: 400, with what is wrong and what is allowed.
@@ -100,19 +113,22 @@ def parse(body: Any, processes: Collection[str], links: Collection[str]) -> Faul
         raise Refused(400, "lease_id must be 1 to 200 characters without '/'")
     if isinstance(token, bool) or not isinstance(token, int) or token < 0:
         raise Refused(400, f"token must be a whole number, 0 or more, not {token!r}")
-    if kind not in KINDS:
-        raise Refused(400, f"unknown kind {kind!r}; allowed: {', '.join(KINDS)}")
-    allowed = sorted(links if kind in NETWORK_KINDS else processes)
+    known = (*POD_KINDS, *NETWORK_KINDS, *others)
+    if kind not in known:
+        raise Refused(400, f"unknown kind {kind!r}; allowed: {', '.join(known)}")
+    other = others[kind]() if kind in others else None
+    allowed = sorted(other.targets() if other else links if kind in NETWORK_KINDS else processes)
     if target not in allowed:
         raise Refused(400, f"{kind} has no target {target!r}; allowed: {', '.join(allowed)}")
     deadline_s = _number("deadline_s", body["deadline_s"], 0.0, MAX_DEADLINE_S)
-    params = _params(kind, body.get("params") or {})
+    given = body.get("params") or {}
+    if not isinstance(given, Mapping):
+        raise Refused(400, "params must be a JSON object")
+    params = other.params(given) if other else _params(kind, given)
     return Fault(lease, token, kind, target, params, time.monotonic() + deadline_s)
 
 
-def _params(kind: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise Refused(400, "params must be a JSON object")
+def _params(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     required, optional = _REQUIRED.get(kind, ()), _OPTIONAL.get(kind, ())
     for name in given:
         if name not in required + optional:

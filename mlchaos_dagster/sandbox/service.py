@@ -29,6 +29,10 @@ class Service:
         self.ready = False
         self.reason = "starting"
         self._ready_gauge = Gauge("sandbox_ready", "1 when this process is ready for traffic", registry=self.registry)
+        self.peers: dict[str, str] = {}
+        """Where others are, as the supervisor told: key → URL, empty while there is none."""
+        self.peers_known = asyncio.Event()
+        self.app.router.add_put("/peers", self.guarded(self._take_peers))
         self.app.router.add_get("/healthz", self._healthz)
         self.app.router.add_get("/readyz", self._readyz)
         self.app.router.add_get("/metrics", self._metrics)
@@ -67,6 +71,11 @@ class Service:
             await started()
         await stop.wait()
         await runner.cleanup()
+
+    async def _take_peers(self, request: web.Request) -> web.Response:
+        self.peers = await request.json()
+        self.peers_known.set()
+        return web.json_response({"ok": True})
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.json_response({"alive": True, "name": self.config["name"]})

@@ -15,6 +15,9 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,10 @@ import psutil
 
 from .config import SandboxConfig
 from .control import serve
-from .fault_book import FaultBook, proxy_of
+from .fault_book import FaultBook
 from .faults import Refused
+from .handlers import build
+from .parts import Part, View, part, with_required
 from .request_ring import Counts, RequestRing
 from .service import TOKEN_HEADER
 from .slots import Slot
@@ -32,6 +37,9 @@ from .state_file import StateFile
 from .truth import TruthLog
 
 _STORE_LINK = "gateway->feature-store"
+_STATE_EVERY_S = 0.1
+_STATE_LASTS_S = 1.0
+"""What a process said of itself longer ago than this is not what it says now."""
 _POLL_S = 0.1
 _POLL_STEADY_S = 0.5
 _POLL_STARTING_S = 0.2
@@ -55,13 +63,16 @@ class Supervisor:
         self.started_at = time.time()
         self.control_port = 0
         self.link_ports: dict[str, int] = {}
-        self.book = FaultBook(self.slots, self.links, self.call, self.truth, directory)
+        self.parts: dict[str, Part] = {}
+        self.states: dict[str, tuple[float, dict[str, Any]]] = {}
+        """Process of a part → (monotonic time, its GET /state)."""
+        self.book = FaultBook(self.slots, self.links, self.call, self.truth, directory, lambda kind: build(kind, self))
         self.requests = RequestRing(self._count_requests)
         self.session: aiohttp.ClientSession
         self._me = psutil.Process()
         self._state = StateFile(directory)
         self._dirty = asyncio.Event()
-        self._pushed: dict[str, tuple[int | None, str]] = {}
+        self._pushed: dict[tuple[str, str], tuple[int | None, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -123,22 +134,66 @@ class Supervisor:
 
     # -- processes --------------------------------------------------------------------------------------------------
 
-    def links(self) -> list[str]:
-        """Names of all links."""
-        return [_STORE_LINK, *(f"gateway->{name}" for name in self.slots if name.startswith("inference-"))]
+    def links(self) -> dict[str, str]:
+        """Every link, and the proxy process that it runs through."""
+        found = {_STORE_LINK: "proxy-feature-store"}
+        found |= {f"gateway->{name}": "proxy-inference" for name in self.slots if name.startswith("inference-")}
+        for one in self.parts.values():
+            found |= {link: proxy for link, (proxy, _) in one.links.items()}
+        return found
 
-    def _add_slot(self, name: str) -> Slot:
-        role = name.split("-")[0] if name != "feature-store" else "feature_store"
+    def start_parts(self, names: Iterable[str]) -> list[str]:
+        """Bring further parts up, with what they require; returns at once, readiness follows. All parts there are.
+
+        Raises:
+            Refused: 400, there is no such part.
+        """
+        try:
+            wanted = with_required(names)
+        except KeyError as error:
+            raise Refused(400, f"no part {error.args[0]!r}") from None
+        for name in wanted:
+            if name in self.parts:
+                continue
+            one = self.parts[name] = part(name)
+            self.truth.write("part_started", name)
+            for process in one.processes:
+                self._add_slot(process.name, process.role)
+                self._start(self._poll_state(process.name))
+            if one.task is not None:
+                self._start(one.task(self))
+        self._changed()
+        return list(self.parts)
+
+    async def _poll_state(self, name: str) -> None:
+        """Task: what a part's process says of itself, for signals. Proxies say nothing."""
+        while (slot := self.slots.get(name)) is not None and slot.role != "proxy":
+            if slot.running and slot.port is not None:
+                pid = slot.pid
+                try:
+                    status, state = await self.call(slot, "GET", "/state", None, 0.5)
+                except _UNANSWERED:
+                    status, state = 0, {}
+                if status == 200 and slot.pid == pid:
+                    self.states[name] = (time.monotonic(), state)
+            await asyncio.sleep(_STATE_EVERY_S)
+
+    def _add_slot(self, name: str, role: str = "") -> Slot:
+        role = role or (name.split("-")[0] if name != "feature-store" else "feature_store")
         restart = role == "proxy" or self.config.mechanisms["restart"]
-        slot = Slot(name, role, self.directory, self._settings, self.config, restart, self.truth, self._changed)
+        settings = partial(self._settings, name)
+        slot = Slot(name, role, self.directory, settings, self.config, restart, self.truth, self._changed)
         self.slots[name] = slot
         self._start(slot.run())
         self._start(self._poll(slot))
         return slot
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, name: str) -> dict[str, Any]:
         """Everything a child is told, on its standard input."""
         config = self.config.to_dict()
+        for one in self.parts.values():
+            if one.settings is not None:
+                config |= one.settings(self, name)
         return {
             **config,
             "token": self.child_token,
@@ -226,18 +281,19 @@ class Supervisor:
             except asyncio.TimeoutError:
                 pass
             self._dirty.clear()
-            await asyncio.gather(*(self._push_links(name) for name in ("proxy-feature-store", "proxy-inference")))
+            await asyncio.gather(*(self._push_links(name) for name in sorted(set(self.links().values()))))
             await self._push_endpoints()
+            await asyncio.gather(*(self._push_peers(slot) for slot in list(self.slots.values())))
             self._write_state()
 
     async def _push_links(self, proxy: str) -> None:
         slot = self.slots[proxy]
         wanted = {
-            link: {"upstream": self.slots[link[9:]].last_port or None, "port": self.link_ports.get(link, 0)}
-            for link in self.links()
-            if proxy_of(link) == proxy
+            link: {"upstream": self._upstream(link), "port": self.link_ports.get(link, 0)}
+            for link, through in self.links().items()
+            if through == proxy
         }
-        fresh = self._pushed.get(proxy, (None, ""))[0] != slot.pid
+        fresh = self._pushed.get((proxy, "/links"), (None, ""))[0] != slot.pid
         content = {"links": wanted}
         digest = json.dumps({link: spec["upstream"] for link, spec in wanted.items()})
         if (answer := await self._push(slot, "/links", content, digest)) is None:
@@ -245,6 +301,29 @@ class Supervisor:
         self.link_ports.update(answer["ports"])
         if fresh:
             await self.book.reinstate(slot)
+
+    def _upstream(self, link: str) -> int | None:
+        """Port of the process that a link leads to, also while that process is down; None before its first life."""
+        leads_to = next((one.links[link][1] for one in self.parts.values() if link in one.links), link.split("->")[1])
+        return self.slots[leads_to].last_port or None if leads_to in self.slots else None
+
+    async def _push_peers(self, slot: Slot) -> None:
+        """Tell a process where the others are that its parts let it talk to."""
+        wanted: dict[str, str] = {}
+        for one in self.parts.values():
+            for glob, peers in one.peers.items():
+                if fnmatchcase(slot.name, glob):
+                    wanted |= {key: self._url(name) for key, name in peers.items()}
+        if wanted:
+            await self._push(slot, "/peers", wanted, json.dumps(wanted))
+
+    def _url(self, name: str) -> str:
+        """Address of a link or a process; empty while there is none."""
+        if "->" in name:
+            port = self.link_ports.get(name, 0) if self._upstream(name) else 0
+        else:
+            port = self.slots[name].last_port if name in self.slots else 0
+        return f"http://127.0.0.1:{port}" if port else ""
 
     async def _push_endpoints(self) -> None:
         if _STORE_LINK not in self.link_ports:
@@ -261,7 +340,7 @@ class Supervisor:
     async def _push(self, slot: Slot, path: str, content: Any, digest: str) -> Any | None:
         """Tell a process something it does not know yet; None when there was nothing new or it did not listen."""
         pid = slot.pid
-        if slot.port is None or not slot.running or self._pushed.get(slot.name) == (pid, digest):
+        if slot.port is None or not slot.running or self._pushed.get((slot.name, path)) == (pid, digest):
             return None
         try:
             status, answer = await self.call(slot, "PUT", path, content, 0.5)
@@ -269,7 +348,7 @@ class Supervisor:
             return None  # the next round tries again
         if status != 200:
             return None
-        self._pushed[slot.name] = (pid, digest)
+        self._pushed[(slot.name, path)] = (pid, digest)
         return answer
 
     def _write_state(self) -> None:
@@ -286,7 +365,10 @@ class Supervisor:
             "children": children,
             "config": self.config.to_dict(),
             "started_at": self.started_at,
+            "parts": list(self.parts),
         }
+        for one in self.parts.values():
+            state |= one.facts(self) if one.facts is not None else {}
         self._state.write(state)
 
     # -- what it says of itself -------------------------------------------------------------------------------------
@@ -321,6 +403,7 @@ class Supervisor:
             "gateway_url": next((p["url"] for p in processes if p["name"] == "gateway"), None),
             "ready": complete and all(process["ready"] for process in processes),
             "replicas": self.replicas,
+            "parts": ["serving", *self.parts],
             "mechanisms": dict(self.config.mechanisms),
             "model_sha256": self.model_sha256,
             "processes": processes,
@@ -332,18 +415,25 @@ class Supervisor:
     def signals(self) -> dict[str, float]:
         """Gauges that cost nothing to read: for somebody who asks twenty times a second."""
         replicas = [slot for slot in self.slots.values() if slot.role == "inference"]
-        return {
+        found: dict[str, float] = {
             "ready_replicas": sum(slot.ready for slot in replicas),
             "running_replicas": sum(slot.running for slot in replicas),
             "restarts": sum(slot.restarts for slot in self.slots.values()),
         }
+        since = time.monotonic() - _STATE_LASTS_S
+        view = View(self.slots, {name: state for name, (at, state) in self.states.items() if at >= since})
+        for one in self.parts.values():
+            found |= one.read(view) if one.read is not None else {}
+        return found
 
     def _complete(self, processes: list[dict[str, Any]]) -> bool:
         """True when all replicas have slots and the gateway was told of all that are ready."""
-        pid, digest = self._pushed.get("gateway", (None, ""))
+        pid, digest = self._pushed.get(("gateway", "/endpoints"), (None, ""))
         told = digest.count('"ready": true') if pid == self.slots["gateway"].pid else -1
         ready = sum(process["ready"] for process in processes if process["role"] == "inference")
-        return len(self.links()) == self.replicas + 1 and told == ready
+        replicas = sum(process["role"] == "inference" for process in processes)
+        linked = all(link in self.link_ports for link in self.links())
+        return replicas == self.replicas and linked and told == ready
 
 
 def _detach() -> None:

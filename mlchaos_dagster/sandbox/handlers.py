@@ -1,0 +1,70 @@
+"""Faults that are neither a kill nor a rule of a proxy: one handler for each kind, imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .faults import Fault, Refused
+
+if TYPE_CHECKING:
+    from .supervisor import Supervisor
+
+HANDLERS: dict[str, str] = {}
+"""Kind → ``module:Class`` under ``sandbox/``. A class is built once, with the supervisor."""
+
+
+class Handler(Protocol):
+    """Verbs on one kind of fault. Called under the book's lock, on the supervisor's event loop: never block it.
+
+    The deadline, tombstones, fencing and the truth log's `fault_added`, `fault_removed`, `fault_expired` are the
+    book's. Whatever a handler starts must die with the supervisor (children: see ``lifeline``).
+    """
+
+    def targets(self) -> Collection[str]:
+        """Process names that this kind can be put on now."""
+        ...
+
+    def params(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters, checked to the last field. Raises Refused(400)."""
+        ...
+
+    async def inject(self, fault: Fault) -> None:
+        """Make it, within a second and a half. Raises Refused: ``clear`` is called, nothing may be left."""
+        ...
+
+    async def clear(self, fault: Fault) -> None:
+        """Take it away and see that it is gone; idempotent. Raises Refused(503): it may still be there."""
+        ...
+
+    async def seen(self, fault: Fault) -> tuple[bool, list[str], dict[str, Any]] | None:
+        """(effective, evidence lines, further facts), read from the target now; None: nothing of it is there."""
+        ...
+
+
+def build(kind: str, supervisor: Supervisor) -> Handler:
+    """The handler of a kind."""
+    module, _, name = HANDLERS[kind].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)(supervisor)
+
+
+def number(
+    kind: str, given: Mapping[str, Any], name: str, low: float, high: float, default: float | None = None
+) -> float:
+    """One numeric parameter, low ≤ value ≤ high. Raises Refused(400)."""
+    value = given.get(name, default)
+    if value is None:
+        raise Refused(400, f"{kind} needs {name}")
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    if wrong or not low <= value <= high:
+        raise Refused(400, f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+    return float(value)
+
+
+def only(kind: str, given: Mapping[str, Any], *allowed: str) -> None:
+    """Refuse parameters that this kind does not have. Raises Refused(400)."""
+    for name in given:
+        if name not in allowed:
+            raise Refused(400, f"{kind} has no parameter {name!r}; allowed: {', '.join(allowed) or 'none'}")
