@@ -23,7 +23,7 @@ from mlchaos_dagster.engine.ports import Budget, Health, Lease, Owner, Step, no_
 from mlchaos_dagster.engine.run import Kit, Run, quiet
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
-from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed
 from mlchaos_dagster.settings import Home
 
 ENVIRONMENT: dict[str, Any] = {
@@ -106,6 +106,10 @@ class World:
     """The k-th driver call raises an error instead."""
     driver_calls: int = 0
     at: dict[float, Callable[[World], None]] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+    """Verb (`undo`, `inject`, `recover`) → in how many batches of 0.4 s it does its work."""
+    batches_done: dict[str, int] = field(default_factory=dict)
+    cannot_undo: bool = False
     _recovered: float = -1e9
     rng: random.Random = field(default_factory=lambda: random.Random(1))
 
@@ -141,9 +145,30 @@ class FakeDriver:
         self.world.call(driver=True)
         return tuple(f"replica-{i}" for i in range(1, self.world.replicas + 1))
 
-    def undo(self, kind: str, targets: tuple[str, ...], params: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def undo(
+        self,
+        kind: str,
+        targets: tuple[str, ...],
+        params: dict[str, Any],
+        *,
+        target: Target,
+        backup: Path,
+        step: Step = no_step,
+    ) -> dict[str, Any]:
         self.world.call(driver=True)
-        return {"before": list(targets)}
+        backup.mkdir(parents=True)
+        (backup / "before").write_text(str(targets))
+        self._work("undo", step)
+        if self.world.cannot_undo:
+            raise DriverError("there is no room for a copy", driver="fake", verb="undo")
+        return {"before": list(targets), "backup": str(backup)}
+
+    def _work(self, verb: str, step: Step) -> None:
+        total = self.world.batches.get(verb, 0)
+        for done in range(total):
+            self.world.clock.sleep(0.4)
+            step(done, total)
+            self.world.batches_done[verb] = done + 1
 
     def inject(self, lease: Lease, step: Step = no_step) -> None:
         self.world.call(driver=True)
@@ -151,11 +176,13 @@ class FakeDriver:
             raise InjectFailed("fenced", driver="fake", verb="inject", lease_id=lease.id)
         self.world.injections.append(lease.id)
         self.world.faults[lease.id] = lease
+        self._work("inject", step)
         self.world.call(driver=True)  # may be lost after the effect, before the reply
 
     def recover(self, lease: Lease, step: Step = no_step) -> None:
         self.world.call(driver=True)
         self.world.fenced.add(lease.id)
+        self._work("recover", step)
         if self.world.faults.pop(lease.id, None):
             self.world._recovered = self.world.clock.t
         self.world.call(driver=True)
