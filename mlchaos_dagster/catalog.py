@@ -7,21 +7,34 @@ is an error that names both. Imports neither Dagster nor numbers: `mlchaos list`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from mlchaos_dagster.domain.checks import check_environment, check_experiment, check_suite
+from mlchaos_dagster.domain.checks import check_dependency, check_environment, check_experiment, check_suite
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.nodes import MAX_BYTES
-from mlchaos_dagster.domain.parsing import Parsed, nearest, one_line, parse_any, parse_model
+from mlchaos_dagster.domain.parsing import (
+    Parsed,
+    nearest,
+    one_line,
+    parse_any,
+    parse_experiment_file,
+    parse_model,
+    sort_problems,
+)
 from mlchaos_dagster.domain.spec import Experiment, Suite
+from mlchaos_dagster.domain.stages import Progressive, StageFile
 from mlchaos_dagster.errors import Problem, SpecError
 
 SHIPPED = Path(__file__).parent / "library"
 _SUFFIXES = (".yaml", ".yml", ".json")
 M = TypeVar("M", bound=BaseModel)
+Spec = Experiment | Progressive
+"""An experiment as it is written."""
+_KINDS = {Experiment: "experiment", Progressive: "experiment", Environment: "environment", Suite: "suite"}
 
 
 def read_spec(path: Path) -> bytes:
@@ -60,11 +73,11 @@ class _Shelf(Generic[M]):
     def __init__(
         self,
         kind: str,
-        model: type[M],
+        parse: Callable[[bytes, str], Parsed[M]],
         roots: Sequence[Path],
         check: Callable[[M, Parsed[M]], list[Problem]] | None = None,
     ) -> None:
-        self.kind, self.model, self.check = kind, model, check
+        self.kind, self.parse, self.check = kind, parse, check
         self.folders = [root / f"{kind}s" for root in roots]
         self.broken: dict[str, SpecError] = {}
         """File stem → what is wrong: the other files stay usable."""
@@ -84,7 +97,7 @@ class _Shelf(Generic[M]):
             found: dict[str, Parsed[M]] = {}
             for path in self.files():
                 try:
-                    parsed = parse_model(read_spec(path), show_source(path), self.model)
+                    parsed = self.parse(read_spec(path), show_source(path))
                 except SpecError as e:
                     self.broken[path.stem] = e
                     continue
@@ -145,47 +158,71 @@ class Catalog:
                 raise SpecError(
                     "no such directory. Allowed: a folder with experiments/, environments/, suites/", str(root)
                 )
-        self._experiments = _Shelf("experiment", Experiment, self.roots)
-        self._environments = _Shelf("environment", Environment, self.roots, check_environment)
-        self._suites = _Shelf("suite", Suite, self.roots)
+        self._written: _Shelf[Spec] = _Shelf("experiment", _parse_spec, self.roots)
+        self._environments = _Shelf("environment", _parser(Environment), self.roots, check_environment)
+        self._suites = _Shelf("suite", _parser(Suite), self.roots)
+        self._single: dict[str, Parsed[Experiment]] | None = None
 
     def files(self) -> list[Path]:
         """Every spec file of every kind."""
-        return [*self._experiments.files(), *self._environments.files(), *self._suites.files()]
+        return [*self._written.files(), *self._environments.files(), *self._suites.files()]
+
+    def written(self) -> list[Spec]:
+        """The experiments as they were written, with their stages, by name. Raises SpecError with all problems."""
+        return [p.value for p in self._written.all()]
 
     def experiments(self) -> list[Experiment]:
-        """All, by name. Raises SpecError with the problems of all files."""
-        return [p.value for p in self._experiments.all()]
+        """All that can be run, by name; every stage is one. Raises SpecError with the problems of all files."""
+        self._written.all()
+        return [p.value for p in self._runnable().values()]
 
     def environments(self) -> list[Environment]:
         """All, by name. Raises SpecError with the problems of all files."""
         return [p.value for p in self._environments.all()]
 
-    def suites(self) -> list[Suite]:
-        """All, by name. Raises SpecError with the problems of all files."""
-        return [p.value for p in self._suites.all()]
+    def suites(self, *, expanded: bool = True) -> list[Suite]:
+        """All, by name. Raises SpecError with the problems of all files.
+
+        Args:
+            expanded: naming what is run: stages, and every experiment where `all` is said; else as written.
+        """
+        return [self._expanded(p.value) if expanded else p.value for p in self._suites.all()]
 
     def experiment(self, name: str) -> Experiment:
-        """One by name. Raises SpecError: no such name (with the nearest), or its file is wrong."""
-        return self._experiments.get(name).value
+        """One that can be run. Raises SpecError: no such name (with the nearest), it has stages, or its file is wrong."""
+        return self._parsed(name).value
+
+    def progressive(self, name: str) -> Progressive | None:
+        """The experiment in stages of that name; None: there is none such. Raises SpecError: its file is wrong."""
+        parsed = self._written.named().get(name)
+        return parsed.value if parsed is not None and isinstance(parsed.value, Progressive) else None
+
+    def expand(self, name: str) -> tuple[str, ...]:
+        """The names to run for a name: its stages in their order, or itself."""
+        progressive = self.progressive(name)
+        return progressive.stage_names if progressive is not None else (name,)
 
     def environment(self, name: str) -> Environment:
         """One by name. Raises SpecError: no such name (with the nearest), or its file is wrong."""
         return self._environments.get(name).value
 
-    def suite(self, name: str) -> Suite:
-        """One by name. Raises SpecError: no such name (with the nearest), or its file is wrong."""
-        return self._suites.get(name).value
+    def suite(self, name: str, *, expanded: bool = True) -> Suite:
+        """One by name; see `suites`. Raises SpecError: no such name (with the nearest), or its file is wrong."""
+        suite = self._suites.get(name).value
+        return self._expanded(suite) if expanded else suite
 
     def names(self, kind: str) -> list[str]:
-        """Names of one kind (`experiment`, `environment`, `suite`) whose files can be read."""
-        shelf = {"experiment": self._experiments, "environment": self._environments, "suite": self._suites}[kind]
-        return list(shelf.named())
+        """Names of one kind (`experiment`, `environment`, `suite`) whose files can be read; stages have theirs, too."""
+        if kind == "experiment":
+            return sorted({*self._written.named(), *self._runnable()})
+        return list({"environment": self._environments, "suite": self._suites}[kind].named())
 
     def source(self, name: str) -> Path:
-        """The file of an experiment. Raises SpecError."""
-        self._experiments.get(name)
-        return self._experiments.paths[name]
+        """The file of an experiment or of a stage. Raises SpecError."""
+        if name not in self._written.named() and name in self._runnable():
+            return next(self._written.paths[p.name] for p in self._progressives() if name in p.stage_names)
+        self._written.get(name)
+        return self._written.paths[name]
 
     def ready(self, name: str, environment: Environment) -> Experiment:
         """An experiment that can run in the environment.
@@ -193,11 +230,49 @@ class Catalog:
         Raises:
             SpecError: no such name, a wrong file, or the environment cannot do it; with all problems.
         """
-        parsed = self._experiments.get(name)
+        parsed = self._parsed(name)
         problems = check_experiment(parsed.value, environment, parsed)
+        problems += check_dependency(parsed.value, self.dependencies(), parsed)
         if problems:
             raise SpecError(problems)
         return parsed.value
+
+    def dependencies(self) -> dict[str, str | None]:
+        """Every experiment whose file can be read, and the one it waits for."""
+        return {name: p.value.depends_on for name, p in self._runnable().items()}
+
+    def _progressives(self) -> list[Progressive]:
+        return [p.value for p in self._written.named().values() if isinstance(p.value, Progressive)]
+
+    def _runnable(self) -> dict[str, Parsed[Experiment]]:
+        if self._single is None:
+            found: dict[str, Parsed[Experiment]] = {}
+            for name, parsed in self._written.named().items():
+                if name in self._written.broken:
+                    continue
+                for one in runnable(parsed):
+                    if one.value.name in found or (one.value.name in self._written.named() and one.value.name != name):
+                        problem = _taken(one.value.name, parsed)
+                        self._written.broken[name] = SpecError([problem])
+                    else:
+                        found[one.value.name] = one
+            self._single = dict(sorted(found.items()))
+        return self._single
+
+    def _parsed(self, name: str) -> Parsed[Experiment]:
+        found = self._runnable()
+        if name in found and name not in self._written.broken:
+            return found[name]
+        progressive = self.progressive(name)
+        if progressive is not None and name not in self._written.broken:
+            stages = ", ".join(progressive.stage_names)
+            raise SpecError(f'"{name}" has stages, each of which is an experiment. Allowed here: {stages}.')
+        self._written.get(name)
+        raise AssertionError("a name that is written can be run or has stages")
+
+    def _expanded(self, suite: Suite) -> Suite:
+        names = list(self._runnable()) if suite.everything else [n for s in suite.experiments for n in self.expand(s)]
+        return suite.model_copy(update={"experiments": tuple(dict.fromkeys(names))})
 
     def check(self, environment: Environment | None = None, paths: Sequence[Path] | None = None) -> Checked:
         """Everything wrong with the library's files, or with `paths`; never raises SpecError.
@@ -212,13 +287,38 @@ class Catalog:
 class Checked:
     """The result of `Catalog.check`."""
 
-    def __init__(self, files: int, problems: list[Problem], wrong: int) -> None:
+    def __init__(self, files: int, problems: list[Problem], wrong: int, notes: list[str]) -> None:
         self.files, self.problems, self.wrong_files = files, problems, wrong
+        self.notes = notes
+        """How to use what is right, but is no experiment, environment or suite."""
+
+
+def runnable(parsed: Parsed[Spec]) -> list[Parsed[Experiment]]:
+    """What a file says can be run: the experiment, or one for each of its stages."""
+    spec = parsed.value
+    if isinstance(spec, Experiment):
+        return [Parsed(spec, parsed.document)]
+    return [Parsed(spec.stage(i), parsed.document, partial(spec.origin, i)) for i in range(len(spec.stages))]
+
+
+def _taken(name: str, parsed: Parsed[Spec]) -> Problem:
+    what = f'name: its stage "{name}" is the name of another experiment. Allowed: a name whose stages are free.'
+    return Problem(parsed.where(("name",)), what)
+
+
+def _parser(model: type[M]) -> Callable[[bytes, str], Parsed[M]]:
+    return lambda text, source: parse_model(text, source, model)
+
+
+def _parse_spec(text: bytes, source: str) -> Parsed[Spec]:
+    parsed = parse_experiment_file(text, source)
+    return Parsed(parsed.value, parsed.document)
 
 
 def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Path] | None) -> Checked:
     files = catalog.files() if paths is None else list(paths)
     problems: list[Problem] = []
+    notes: list[str] = []
     wrong = 0
     named: dict[tuple[str, str], Path] = {}
     parsed: list[Parsed[Any]] = []
@@ -229,20 +329,46 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
             problems += e.problems
             wrong += 1
             continue
-        key = (type(one.value).__name__.lower(), str(one.value.name))
+        if isinstance(one.value, StageFile):
+            notes.append(_usage(path, one.value))
+            continue
+        key = (_KINDS[type(one.value)], str(one.value.name))
         if key in named:
             problems.append(duplicate(key[0], key[1], named[key], one))
             wrong += 1
         named.setdefault(key, path)
         parsed.append(one)
-    names = {name for kind, name in named if kind == "experiment"}
-    finders: dict[type, Callable[[Parsed[Any]], list[Problem]]] = {
-        Experiment: lambda p: check_experiment(p.value, environment, p) if environment else [],
-        Environment: lambda p: check_environment(p.value, p),
-        Suite: lambda p: check_suite(p.value, names | set(catalog.names("experiment")), p),
-    }
+    single = {id(one): runnable(one) for one in parsed if isinstance(one.value, Spec)}
+    depends = {p.value.name: p.value.depends_on for ones in single.values() for p in ones}
     for one in parsed:
-        found = finders[type(one.value)](one) if type(one.value) in finders else []
+        taken = [p.value.name for p in single.get(id(one), []) if isinstance(one.value, Progressive)]
+        clashes = [_taken(name, one) for name in taken if ("experiment", name) in named]
+        problems += clashes
+        wrong += bool(clashes)
+    names = {name for kind, name in named if kind == "experiment"} | set(depends)
+
+    def found_in(one: Parsed[Any]) -> list[Problem]:
+        if isinstance(one.value, Environment):
+            return check_environment(one.value, one)
+        if isinstance(one.value, Suite):
+            return check_suite(one.value, names | set(catalog.names("experiment")), one)
+        found: list[Problem] = []
+        for p in single[id(one)]:
+            found += check_experiment(p.value, environment, p) if environment else []
+            if p.value.depends_on is not None:
+                found += check_dependency(p.value, {**catalog.dependencies(), **depends}, p)
+        return sort_problems(found)
+
+    for one in parsed:
+        found = found_in(one)
         problems += found
         wrong += bool(found)
-    return Checked(len(files), problems, wrong)
+    return Checked(len(files), problems, wrong, notes)
+
+
+def _usage(path: Path, stages: StageFile) -> str:
+    n = len(stages.progressive_chaos)
+    return (
+        f"{show_source(path)}: {n} stage{'s' * (n != 1)} for an experiment of the library. "
+        f"Run them: mlchaos run NAME --stages {show_source(path)}"
+    )

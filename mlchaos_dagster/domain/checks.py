@@ -5,7 +5,7 @@ A file can be well-formed and still ask for an SLI that nobody measures here; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from mlchaos_dagster.domain.environment import Environment
@@ -50,6 +50,8 @@ def check_environment(environment: Environment, parsed: Parsed[Environment] | No
 def check_suite(suite: Suite, experiments: Iterable[str], parsed: Parsed[Suite] | None = None) -> list[Problem]:
     """Names in a suite that are no experiments, or are there twice."""
     known, problems = sorted(experiments), list[Problem]()
+    if suite.everything:
+        return problems
     for i, name in enumerate(suite.experiments):
         what = ""
         if name not in known:
@@ -63,6 +65,33 @@ def check_suite(suite: Suite, experiments: Iterable[str], parsed: Parsed[Suite] 
     return problems
 
 
+def check_dependency(
+    experiment: Experiment, depends: Mapping[str, str | None], parsed: Parsed[Experiment] | None = None
+) -> list[Problem]:
+    """What keeps the experiment that this one waits for from ever having held.
+
+    Args:
+        experiment: the one that waits.
+        depends: all experiments, and what each of them waits for.
+        parsed: the parsed file, for `file:line:column`.
+    """
+    what, name = "", experiment.depends_on
+    if name is not None and name not in depends:
+        what = unknown("experiment", name, depends)
+    chain: list[str] = []
+    while not what and name is not None:
+        chain.append(name)
+        if name == experiment.name:
+            what = f"{' waits for '.join([name, *chain])}: none of them could ever start. Allowed: no circle."
+        elif name in chain[:-1]:
+            break  # a circle of others, told where they stand
+        name = depends.get(name)
+    if not what:
+        return []
+    where = parsed.where(("depends_on",)) if parsed else experiment.name
+    return [Problem(where, one_line(f"depends_on: {what}"))]
+
+
 class _Found:
     def __init__(self, experiment: Experiment, environment: Environment, parsed: Parsed[Experiment] | None) -> None:
         self.experiment, self.environment, self.parsed = experiment, environment, parsed
@@ -70,7 +99,8 @@ class _Found:
 
     def add(self, path: Path, what: str) -> None:
         where = self.parsed.where(path) if self.parsed else self.experiment.name
-        self.problems.append(Problem(where, one_line(f"{show_path(path)}: {what}")))
+        shown = show_path(self.parsed.place(path) if self.parsed else path)
+        self.problems.append(Problem(where, one_line(f"{shown}: {what}")))
 
     def target(self) -> None:
         if self.experiment.target not in self.environment.targets:

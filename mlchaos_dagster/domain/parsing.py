@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Generic, Literal, TypeVar, Union
@@ -21,12 +21,19 @@ from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.faults import ALIASES, FAULTS
 from mlchaos_dagster.domain.nodes import Document, Node, Path, read_document
 from mlchaos_dagster.domain.spec import Experiment, Suite
+from mlchaos_dagster.domain.stages import Progressive, StageFile
 from mlchaos_dagster.errors import Problem, SpecError
 
-Kind = Literal["experiment", "environment", "suite"]
+Kind = Literal["experiment", "progressive", "environment", "suite", "stages"]
 M = TypeVar("M", bound=BaseModel)
 
-MODELS: dict[Kind, type[BaseModel]] = {"experiment": Experiment, "environment": Environment, "suite": Suite}
+MODELS: dict[Kind, type[BaseModel]] = {
+    "experiment": Experiment,
+    "progressive": Progressive,
+    "environment": Environment,
+    "suite": Suite,
+    "stages": StageFile,
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,16 @@ class Parsed(Generic[M]):
 
     value: M
     document: Document
+    origin: Callable[[Path], Path] | None = None
+    """Where a value was written that stands elsewhere in the file: a stage's, in the experiment of that stage."""
+
+    def place(self, path: Path) -> Path:
+        """The path of a value in its file."""
+        return written(self.document, self.origin(path) if self.origin else path)
 
     def where(self, path: Path, key: bool = False) -> str:
         """`file:line:column` of a value, or of its key."""
-        return self.document.where(path, key)
+        return self.document.where(self.place(path), key)
 
 
 def parse_experiment(text: str | bytes, source: str = "experiment") -> Experiment:
@@ -61,16 +74,37 @@ def parse_suite(text: str | bytes, source: str = "suite") -> Suite:
 
 
 def parse_any(text: str | bytes, source: str = "spec") -> Parsed[Any]:
-    """Whatever the file holds: `targets:` makes an environment, `experiments:` a suite, else an experiment.
+    """Whatever the file holds: see `kind_of`.
 
     Raises:
         SpecError: with all problems of the text.
     """
     document = read_document(text, source)
-    kind: Kind = "environment" if document.has(("targets",)) else "suite"
-    if kind == "suite" and not document.has(("experiments",)):
-        kind = "experiment"
-    return validate(document, MODELS[kind])
+    return validate(document, MODELS[kind_of(document)])
+
+
+def kind_of(document: Document) -> Kind:
+    """What a file is by its fields.
+
+    `targets:` makes an environment, `experiments:` a suite, `stages:` an experiment in stages,
+    `progressive_chaos:` stages alone; else it is an experiment.
+    """
+    marks: tuple[tuple[str, Kind], ...] = (
+        ("targets", "environment"),
+        ("experiments", "suite"),
+        ("progressive_chaos", "stages"),
+        ("stages", "progressive"),
+    )
+    for mark, kind in marks:
+        if document.has((mark,)):
+            return kind
+    return "experiment"
+
+
+def parse_experiment_file(text: str | bytes, source: str) -> Parsed[Experiment] | Parsed[Progressive]:
+    """An experiment, with stages or without. Raises SpecError with all problems of the text."""
+    document = read_document(text, source)
+    return validate(document, Progressive) if document.has(("stages",)) else validate(document, Experiment)
 
 
 def parse_model(text: str | bytes, source: str, model: type[M]) -> Parsed[M]:
@@ -93,6 +127,20 @@ def validate(document: Document, model: type[M]) -> Parsed[M]:
     if problems:
         raise SpecError(sort_problems(problems))
     return Parsed(value, document)
+
+
+def written(document: Document, path: Path) -> Path:
+    """A path as the file has it: a mapping that stands for the list of its values has keys, not numbers."""
+    node: Node | None = document.root
+    found: list[str | int] = []
+    for token in path:
+        if node is not None and node.kind == "mapping" and isinstance(token, int):
+            names = list(node.value)
+            token = names[token] if token < len(names) else token
+        found.append(token)
+        pair = node.pair(token) if node is not None else None
+        node = pair[1] if pair else None
+    return tuple(found)
 
 
 def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
@@ -148,7 +196,7 @@ class _Words:
     def problems(self, error: ValidationError) -> list[Problem]:
         found: list[tuple[Path, dict[str, Any]]] = []
         for item in error.errors(include_url=False):
-            found.append((self._path(item["loc"]), typing.cast("dict[str, Any]", item)))
+            found.append((written(self.document, self._path(item["loc"])), typing.cast("dict[str, Any]", item)))
         # a misspelt field is also a missing one: one mistake, one line
         misspelt = {
             (*path[:-1], nearest(str(path[-1]), self._fields(item["loc"][:-1])))
@@ -223,8 +271,9 @@ class _Words:
         """A validator of ours; it may begin with the path of the field that it means."""
         head, colon, rest = message.partition(": ")
         tokens = _tokens(head) if colon else None
-        if tokens and (self.document.has((*path, *tokens)) or tokens[0] in self._fields(path)):
-            return (*path, *tokens), rest
+        place = written(self.document, (*path, *tokens)) if tokens else path
+        if tokens and (self.document.has(place) or tokens[0] in self._fields(path)):
+            return place, rest
         return path, message
 
     def _plain(self, path: Path, kind: str, item: dict[str, Any]) -> str:
@@ -341,7 +390,7 @@ def _tokens(head: str) -> Path | None:
         name, *indices = part.split("[")
         if not name.replace("_", "").replace("-", "").isalnum() or not all(i[:-1].isdigit() for i in indices):
             return None
-        tokens += [name, *(int(i[:-1]) for i in indices)]
+        tokens += [int(name) if name.isdigit() else name, *(int(i[:-1]) for i in indices)]
     return tuple(tokens)
 
 

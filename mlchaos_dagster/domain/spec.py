@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from typing_extensions import Self
 
 from mlchaos_dagster.domain.faults import Fault
 from mlchaos_dagster.domain.units import Duration, Fraction, parse_quantity, unit_of
@@ -263,6 +262,10 @@ def _bounded(seconds: float) -> float:
     return seconds
 
 
+Length = Annotated[Duration, AfterValidator(_bounded)]
+"""Seconds of a fault window; at most a week."""
+
+
 class Head(Model):
     """What an experiment is about."""
 
@@ -279,7 +282,7 @@ class Head(Model):
     fault: Fault
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
+    def _named(self) -> Head:
         if self.name == EVERYTHING:
             raise ValueError(f'name: "{EVERYTHING}" means every experiment in a suite. Allowed: another name')
         return self
@@ -289,7 +292,7 @@ class Size(Model):
     """How much is hit, and for how long."""
 
     blast_radius: BlastRadius
-    duration: Annotated[Duration, AfterValidator(_bounded)]
+    duration: Length
     """Length of the fault window before the environment's `duration_scale`."""
 
 
@@ -313,7 +316,7 @@ class Promises(Model):
     tags: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _coherent(self) -> Self:
+    def _coherent(self) -> Promises:
         for i, condition in enumerate(self.abort):
             for slo in self.steady_state:
                 if slo.sli == condition.sli and _looser(condition, slo):

@@ -101,7 +101,7 @@ def target_resolved(run: Run) -> GuardResult:
     return GuardResult(
         name="blast radius",
         passed=passed,
-        saw=f"{', '.join(run.targets)} ({len(run.targets)} of {len(existing)})",
+        saw=f"{', '.join(run.targets)}: {run.experiment.blast_radius.words(len(run.targets), len(existing))}",
         needs="" if passed else f"at most {limit} of a target (limits.max_fraction)",
     )
 

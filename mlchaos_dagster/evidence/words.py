@@ -180,7 +180,7 @@ def blast_text(record: RunRecord) -> str:
     said = f"asked {asked}, at most {radius.max_targets}"
     if record.fault is None:
         return said + "; nothing was taken"
-    taken = f"{len(record.fault.targets)} of {record.fault.existing}" if record.fault.existing else "unknown"
+    taken = radius.words(len(record.fault.targets), record.fault.existing) if record.fault.existing else "unknown"
     return f"{said}; taken {taken}" + (" (shadow: not touched)" if record.shadow else "")
 
 
