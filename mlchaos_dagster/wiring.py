@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from mlchaos_dagster.sandbox.client import SandboxClient
     from mlchaos_dagster.sandbox.config import SandboxConfig
 
-DRIVERS = {"sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver"}
+DRIVERS = {
+    "sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver",
+    "s3": "mlchaos_dagster.drivers.s3:S3Driver",
+}
 """Backend name → class. A class is built with the directory or address that its backend needs."""
 SANDBOX_SIGNALS = (
     "ready_replicas",
