@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlchaos_dagster.domain.record import GuardResult
-from mlchaos_dagster.domain.units import show_percent
+from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.engine.active import ENDED
+from mlchaos_dagster.errors import StoreError
 
 if TYPE_CHECKING:
+    from mlchaos_dagster.domain.record import RunRecord, Verdict
     from mlchaos_dagster.engine.run import Run
 
 PHASE_WORDS = {ENDED: "writing its report"}
+STAGE_GUARD = "stage before held"
+CLOCK_S = 60.0
+"""A run that ended this far in the future was dated by a clock that is wrong."""
 WATCHER_START_S = 10.0
 """How long the watchdog process may take to beat for the first time; a loaded machine starts Python slowly."""
 
@@ -80,6 +85,40 @@ def no_freeze(run: Run) -> GuardResult:
                 needs=f"a start after {freeze.end.isoformat()}",
             )
     return GuardResult(name="no freeze", passed=True, saw="no freeze window")
+
+
+def stage_before_held(run: Run) -> GuardResult:
+    """What this experiment waits for has held here, and lately. Only running it (again) opens this guard."""
+    name, within = run.experiment.depends_on, run.experiment.depends_within
+    if name is None:
+        return GuardResult(name=STAGE_GUARD, passed=True, saw="waits for no other experiment")
+    now = run.kit.clock.wall()
+    try:
+        found = run.kit.store.latest(name, run.environment.name, now - within)
+        saw, passed = _held(name, found, now, within)
+    except StoreError as e:
+        saw, passed = f"whether {name} held cannot be told: {e}", False
+    needs = "" if passed else f"{name} HELD here within {show_duration(within)}: `mlchaos run {name}`"
+    return GuardResult(name=STAGE_GUARD, passed=passed, saw=saw, needs=needs)
+
+
+def _held(name: str, found: tuple[RunRecord, Verdict | None] | None, now: float, within: float) -> tuple[str, bool]:
+    """What the newest run came to, in words, and whether it is good enough."""
+    if found is None:
+        return f"no run of {name} here within {show_duration(within)}", False
+    record, verdict = found
+    ended = record.wall(max([0.0, *(m.t for m in record.moments)]))
+    age, which = now - ended, f"(run {record.run_id[:8]})"
+    if verdict is None:
+        return f"{name} was not judged {which}", False
+    word = f"SHADOW-{verdict.outcome.value}" if record.shadow else verdict.outcome.value
+    if record.shadow or not verdict.outcome.is_pass:
+        return f"{name} {word} {which}", False
+    if age > within:
+        return f"{name} {word} {show_duration(age)} ago {which}", False
+    if age < -CLOCK_S:
+        return f"{name} {word} {show_duration(-age)} from now {which}: a clock is wrong", False
+    return f"{name} {word} {show_duration(max(0.0, age))} ago {which}", True
 
 
 def target_resolved(run: Run) -> GuardResult:
@@ -182,6 +221,7 @@ GUARDS: tuple[Callable[[Run], GuardResult], ...] = (
     gate_open,
     no_freeze,
     ledger_clean,
+    stage_before_held,
     target_resolved,
     target_free,
     environment_free,

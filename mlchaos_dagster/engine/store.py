@@ -95,6 +95,40 @@ class RecordStore:
             except StoreError:
                 continue
 
+    def latest(self, experiment: str, environment: str, since: float) -> tuple[RunRecord, Verdict | None] | None:
+        """The newest run of an experiment in an environment that was written after `since` (Unix time); None: none was.
+
+        Older files are not opened, and of the others only those that are asked for are parsed in full.
+
+        Raises:
+            StoreError: a record that may be the one cannot be read.
+        """
+        written: list[tuple[float, str]] = []
+        try:
+            with os.scandir(self.directory) as entries:
+                for entry in entries:
+                    if entry.name.endswith(".json") and not entry.name.startswith("."):
+                        written.append((entry.stat().st_mtime, entry.name.removesuffix(".json")))
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise StoreError(f"cannot read the records in {self.directory}: {e}") from e
+        for at, run_id in sorted(written, reverse=True):
+            if at < since:
+                return None
+            record, verdict = self._of(run_id, experiment)
+            if record is not None and record.environment.name == environment:
+                return record, verdict
+        return None
+
+    def _of(self, run_id: str, experiment: str) -> tuple[RunRecord | None, Verdict | None]:
+        """A run, when it is one of the experiment. Raises StoreError."""
+        try:
+            named = json.loads(self.path(run_id).read_text())["record"]["experiment"]["name"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise StoreError(f"cannot read the record {self.path(run_id)}: {str(e).splitlines()[0]}") from e
+        return self.load(run_id) if named == experiment else (None, None)
+
     def find(self, run: str) -> str:
         """The run id that `run` means: an id, a unique prefix of at least four characters, or an
         experiment's name (its newest run).
