@@ -67,20 +67,24 @@ def command(name: str) -> None:
 def _baseline(app: App, experiment: Experiment, environment: Environment) -> tuple[Phase | None, str]:
     from mlchaos_dagster.engine.store import RecordStore
     from mlchaos_dagster.errors import StoreError
-    from mlchaos_dagster.judgement.measures import Phase
+    from mlchaos_dagster.judgement.measures import Phase, reference_of
 
     store = RecordStore(app.settings.home.records)
     for record, _ in store.all():
         same = record.experiment.name == experiment.name and record.environment.name == environment.name
         if same and record.baseline is not None and record.samples_file:
             try:
-                return Phase(store.samples(record), record.environment, record.baseline), record.run_id
+                samples = store.samples(record)
+                reference = reference_of(samples, record.environment, record.baseline)
+                return Phase(samples, record.environment, record.baseline, reference), record.run_id
             except StoreError:
                 continue
     return None, ""
 
 
 def _row(objective: Objective, environment: Environment, window_s: float, baseline: Phase | None) -> dict[str, Any]:
+    from mlchaos_dagster.domain.environment import SHIFT_MEASURES
+
     sli = environment.slis[objective.sli]
     row: dict[str, Any] = {
         "sli": objective.sli,
@@ -95,6 +99,9 @@ def _row(objective: Objective, environment: Environment, window_s: float, baseli
     if sli.measure is None:
         row["why"] = "a signal: read, not sampled; it is seen at any length"
         return row
+    if sli.measure in SHIFT_MEASURES:
+        row["why"] = "a distance between distributions: it is seen from 50 answers on, and finer with more items"
+        return row
     bad, quantile = _series(str(sli.measure), environment, baseline)
     if bad is None:
         row["why"] = "unknown before a first run"
@@ -107,12 +114,15 @@ def _series(measure: str, environment: Environment, baseline: Phase | None) -> t
     """The baseline's samples (bad requests as 1, or latencies), and the quantile that is judged."""
     import numpy as np
 
+    from mlchaos_dagster.domain.environment import RATIO_MEASURES
     from mlchaos_dagster.judgement.census import quantile_of
 
-    shares = measure in ("availability", "error_rate", "fallback_rate")
+    shares = measure in RATIO_MEASURES
     if baseline is None or not len(baseline.requests):
         length = max(1, round(environment.probe.rate * environment.sampling.baseline))
         return (np.zeros(length), None) if shares else (None, None)
+    if measure == "golden_error_rate":
+        return np.asarray(baseline.requests.wrong[baseline.requests.compared], float), None
     if measure == "fallback_rate":
         return np.asarray(baseline.requests.path == "cache", float), None
     if shares:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.environment import VALUE_MEASURES, Environment
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
 from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
@@ -179,7 +179,15 @@ class _Found:
     def _limit(self, path: Path, name: str, side: str, limit: Quantity) -> None:
         if not self._sli((*path, "sli"), name):
             return
-        expected = self.environment.slis[name].shown_unit
+        sli = self.environment.slis[name]
+        if sli.measure in VALUE_MEASURES and self.environment.facing(self.experiment.target).probe.value is None:
+            where = f"targets.{self.experiment.target}.probe" if self.environment.probe.value else "probe"
+            self.add(
+                (*path, "sli"),
+                f"{name} is measured on the number in the answer, and {where}.value of environment "
+                f"{self.environment.name} does not say where that is. Allowed: value: score, for example.",
+            )
+        expected = sli.shown_unit
         if limit.unit != expected:
             allowed = {
                 "ratio": "a percentage, such as 99%",

@@ -51,7 +51,9 @@ class ItemRange(Model):
         if self.last < self.first:
             raise ValueError(f"to ({self.last}) is below from ({self.first}). Allowed: to of at least {self.first}")
         if len(self.numbers) > MOST_ITEMS:
-            raise ValueError(f"it is {len(self.numbers)} items. Allowed: at most {MOST_ITEMS}; a larger step gives fewer")
+            raise ValueError(
+                f"it is {len(self.numbers)} items. Allowed: at most {MOST_ITEMS}; a larger step gives fewer"
+            )
         return self
 
     @property
@@ -311,7 +313,7 @@ class Environment(Model):
             if sli.measure in VALUE_MEASURES and not any(p.value for p in self._probes()):
                 raise ValueError(
                     f"slis.{name}: {sli.measure} is measured on the number in the answer, and probe.value does not say "
-                    "where that is. Allowed: probe: {value: score}, for an answer such as {\"score\": 0.7}"
+                    'where that is. Allowed: probe: {value: score}, for an answer such as {"score": 0.7}'
                 )
         for i, condition in enumerate(self.limits.abort):
             if condition.sli not in self.slis:

@@ -34,7 +34,8 @@ class Degradation:
         asked = run.experiment.degradation
         if asked is None or run.baseline is None:
             return
-        baseline = Phase(run.samples, run.environment, run.baseline).requests
+        self.reference = run.watch.live.reference
+        baseline = Phase(run.samples, run.environment, run.baseline, self.reference).requests
         told = [(o, a) for o in run.experiment.steady_state if (a := self._bad(o, baseline)) is not None]
         for objective, allowed in told:
             bad = allowed.bad.astype(np.float64)
@@ -55,6 +56,8 @@ class Degradation:
         )
         if not len(requests):
             return None
+        if self.reference is not None:
+            requests = self.reference.judged(requests)
         for objective, guard in self.guards:
             allowed = self._bad(objective, requests)
             state = guard.update(allowed.bad.astype(np.float64)) if allowed is not None else guard.state

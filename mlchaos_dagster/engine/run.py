@@ -42,7 +42,7 @@ from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.engine.watch import Watch
 from mlchaos_dagster.engine.window import open_fault_window
 from mlchaos_dagster.errors import MlChaosError, StoreError
-from mlchaos_dagster.judgement.measures import Phase, signals_needed, steady
+from mlchaos_dagster.judgement.measures import Phase, reference_of, signals_needed, steady
 
 SETTLE_S = 0.25
 """After the last request's deadline: its timeout must come through as well."""
@@ -250,6 +250,7 @@ class Run:
             self.baseline = Span(start=start, end=end)
             settle = end + self.environment.probe.timeout + SETTLE_S
             self.abort = self.watch.until(settle, "baseline", each=lambda t: self._answered())
+            self.watch.live.reference = reference_of(self.samples, self.environment, self.baseline)
         return self.baseline
 
     def _answered(self) -> bool:
@@ -263,7 +264,7 @@ class Run:
         """Whether the steady state holds now; nothing is injected into a system that already fails."""
         if self.baseline is None:
             return False, self.stop_reason or "no baseline was measured"
-        phase = Phase(self.samples, self.environment, self.baseline)
+        phase = Phase(self.samples, self.environment, self.baseline, self.watch.live.reference)
         ok, why = steady(phase, self.experiment.steady_state)
         if ok is not True:
             self.incident("refusal", f"steady state before: {'; '.join(why)}")

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.environment import SHIFT_MEASURES, Environment
 from mlchaos_dagster.domain.record import STATUS_UNSENT, AbortFacts, RequestSample, SignalSample, Span
 from mlchaos_dagster.domain.spec import AbortCondition
 from mlchaos_dagster.domain.units import show_value
 from mlchaos_dagster.engine.ports import Clock, RequestSource, SignalSource, StopSource, Watcher
-from mlchaos_dagster.judgement.census import measure
-from mlchaos_dagster.judgement.measures import requests_of, signal_name
+from mlchaos_dagster.judgement.census import Requests
+from mlchaos_dagster.judgement.measures import request_value, requests_of, signal_name
+from mlchaos_dagster.judgement.shift import FEWEST_VALUES, Reference
 
 FEWEST = 5
 """Requests a sliding window needs before a condition is judged on it: one lost request of one is no 100 %."""
@@ -52,12 +53,19 @@ class Live:
         self.width_s = width_s
         self.requests: deque[RequestSample] = deque()
         self.signals: dict[str, float] = {}
+        self.reference: Reference | None = None
+        """What the baseline answered, once it is known; before, SLIs of answered numbers are None."""
+        self._answers: deque[RequestSample] = deque(maxlen=2 * FEWEST_VALUES)
+        self._shifts = [n for n, s in environment.slis.items() if s.measure in SHIFT_MEASURES]
         self._read_at: dict[str, float] = {}
 
     def add(self, requests: Sequence[RequestSample], signals: Sequence[SignalSample]) -> None:
         """New measurements. Requests sent too late say more of the probe than of the target."""
         late = self.environment.sampling.max_lateness
-        self.requests.extend(r for r in requests if r.status != STATUS_UNSENT and r.sent_s - r.due_s <= late)
+        on_time = [r for r in requests if r.status != STATUS_UNSENT and r.sent_s - r.due_s <= late]
+        self.requests.extend(on_time)
+        if self._shifts and self.reference is not None:
+            self._answers.extend(r for r in on_time if r.ok)
         for s in signals:
             self.signals[s.name] = s.value
             self._read_at[s.name] = s.t
@@ -70,16 +78,28 @@ class Live:
         """Every SLI now; None where there is too little to say."""
         while self.requests and self.requests[0].done_s < t - self.width_s:
             self.requests.popleft()
-        recent = requests_of(self.requests)
+        recent, reference = requests_of(self.requests), self.reference
+        if reference is not None:
+            recent = reference.judged(recent)
+        answers = self._recent_answers(t)
         values: dict[str, float | None] = {}
         for name, sli in self.environment.slis.items():
             if sli.measure is not None:
-                values[name] = measure(sli.measure, recent) if len(recent) >= FEWEST else None
+                over = answers if name in self._shifts else recent
+                if sli.measure == "golden_error_rate":
+                    over = recent.select(recent.compared)
+                values[name] = request_value(sli.measure, over, reference) if len(over) >= FEWEST else None
             else:
                 source = signal_name(name, sli)
                 fresh = self.unread_for(source, t) <= self.environment.sampling.blind_for
                 values[name] = self.signals.get(source) if fresh else None
         return values
+
+    def _recent_answers(self, t: float) -> Requests:
+        """The newest answers, for distances: at a low rate the sliding window alone holds too few for any."""
+        while self._answers and self._answers[0].done_s < t - max(self.width_s, self.environment.sampling.blind_for):
+            self._answers.popleft()
+        return requests_of(self._answers)
 
 
 class Watch:

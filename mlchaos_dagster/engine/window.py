@@ -419,7 +419,7 @@ class Steadiness:
     def _phase(self, span: Span) -> Phase:
         recent = [r for r in self.run.watch.requests[-20000:] if r.due_s >= span.start]
         signals = [s for s in self.run.watch.signals[-5000:] if s.t >= span.start]
-        return Phase(Samples(recent, signals), self.run.environment, span)
+        return Phase(Samples(recent, signals), self.run.environment, span, self.run.watch.live.reference)
 
 
 def _ready(run: Run, span: Span) -> float | None:

@@ -59,6 +59,7 @@ def run_json(
             "lease_id": fault.lease_id if fault else "",
         },
         "slis": {name: _sli(result) for name, result in verdict.slis.items()},
+        "golden": None if verdict.golden is None else verdict.golden.model_dump(mode="json"),
         "expectations": [{"expected": e.expected, "seen": e.seen, "saw": text(e.saw)} for e in verdict.expectations],
         "guards": [
             {"name": g.name, "passed": g.passed, "saw": text(g.saw), "needs": text(g.needs)} for g in record.guards
@@ -115,6 +116,7 @@ def unjudged_json(
             "lease_id": "",
         },
         "slis": {},
+        "golden": None,
         "expectations": [],
         "guards": [],
         "abort": None,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mlchaos_dagster.domain.environment import VALUE_MEASURES
 from mlchaos_dagster.domain.record import RunRecord, Samples, Span, Verdict
 from mlchaos_dagster.domain.spec import Objective
 from mlchaos_dagster.domain.units import show_latency, show_percent, show_value
@@ -26,6 +27,7 @@ from mlchaos_dagster.evidence.series import (
     PATHS,
     FloatArray,
     RequestSeries,
+    answer_series,
     request_series,
     signal_names,
     signal_steps,
@@ -76,6 +78,10 @@ def panels_of(record: RunRecord, samples: Samples, verdict: Verdict, span: Span)
             max_lateness_s=record.environment.sampling.max_lateness,
         )
         panels += [_availability(record, verdict, series), _latency(record, verdict, series), _paths(series)]
+        for name in _chosen_answers(record, verdict):
+            measure = str(record.environment.slis[name].measure)
+            values = answer_series(record, samples, span, series.edges, measure)
+            panels.append(_answers(record, verdict, series, name, values))
     panels += [_signal(record, samples, verdict, span, name) for name in _chosen_signals(record, samples)]
     if not panels:
         panels.append(Panel("nothing was measured", 0.8, _draw_nothing(record), grid=False, timed=False))
@@ -167,6 +173,46 @@ def _paths(series: RequestSeries) -> Panel:
 
     names = {"model": "the model", "cache": "the cache", "error": "nobody (error)"}
     return Panel("who answered", 0.85, draw, tuple((names[p], p) for p in present), "requests per second")
+
+
+def _answers(record: RunRecord, verdict: Verdict, series: RequestSeries, name: str, values: FloatArray) -> Panel:
+    slos, unit = _slos_by_name(record, name), record.environment.slis[name].shown_unit
+    top = max([float(np.nanmax(values, initial=0.0)), *(1.5 * o.limit.value for o in slos), 0.01])
+    share = unit == "ratio"
+
+    def draw(axes: Any, x: X) -> None:
+        if share:
+            heights = np.nan_to_num(values)
+            _bars(axes, x(series.edges), np.zeros_like(heights), heights, "error", hatch="xxxx")
+        else:
+            axes.step(x(series.edges[1:]), values, where="pre", color=LIGHT["model"], linewidth=1.5)
+        axes.set_ylim(0.0, top * 1.15)
+        axes.set_yticks(_ticks(0.0, top, 3))
+        digits = 0 if top > 0.04 else 1
+        axes.yaxis.set_major_formatter(lambda v, _: show_percent(v, digits) if share else show_value(v, unit))
+        for objective in slos:
+            _slo_line(axes, objective.limit.value, f"SLO {limit_text(objective)}")
+
+    legend = (
+        (("answered 200 with a wrong number", "error"),) if share else (("against the baseline's answers", "model"),)
+    )
+    result = verdict.slis[name]
+    parts = (("before", result.baseline), ("during", result.during), ("after", result.after))
+    summary = " · ".join(f"{word} {show_value(v, unit)}" for word, v in parts if v is not None)
+    return Panel(shown_name(name), 0.7, draw, legend, summary)
+
+
+def _chosen_answers(record: RunRecord, verdict: Verdict) -> list[str]:
+    """SLIs of answered numbers that the experiment speaks of; wrong answers always: nobody may have to look for them."""
+    spoken = {o.sli for o in record.experiment.steady_state} | {e.sli for e in record.experiment.expect}
+    spoken |= {c.sli for c in record.experiment.abort}
+    wrong = verdict.golden is not None and verdict.golden.wrong > 0
+    return [
+        name
+        for name, sli in record.environment.slis.items()
+        if sli.measure in VALUE_MEASURES and name in verdict.slis
+        and (name in spoken or (wrong and sli.measure == "golden_error_rate"))
+    ]  # fmt: skip
 
 
 def _signal(record: RunRecord, samples: Samples, verdict: Verdict, span: Span, name: str) -> Panel:

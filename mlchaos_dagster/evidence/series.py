@@ -18,7 +18,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mlchaos_dagster.domain.environment import SHIFT_MEASURES, VALUE_MEASURES
 from mlchaos_dagster.domain.record import RequestSample, RunRecord, Samples, Span
+from mlchaos_dagster.judgement.measures import Phase, reference_of, request_value
+from mlchaos_dagster.judgement.shift import FEWEST_VALUES
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -138,6 +141,23 @@ def request_series(
     )
 
 
+def answer_series(record: RunRecord, samples: Samples, span: Span, edges: FloatArray, measure: str) -> FloatArray:
+    """A measure of the answered numbers per bin, shape (len(edges) − 1,); NaN where too few were answered.
+
+    A distance needs numbers: where a bin holds too few, it looks back over as many as it takes at the probe's rate.
+    """
+    values = np.full(len(edges) - 1, np.nan)
+    reference = None if record.baseline is None else reference_of(samples, record.environment, record.baseline)
+    if reference is None:
+        return values
+    requests = Phase(samples, record.environment, span, reference).requests
+    least = 2 * FEWEST_VALUES / record.environment.probe.rate if measure in SHIFT_MEASURES else 0.0
+    for i, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        value = request_value(measure, requests.window(min(float(start), float(end) - least), float(end)), reference)
+        values[i] = math.nan if value is None else value
+    return values
+
+
 def signal_steps(samples: Samples, name: str, until_s: float) -> tuple[FloatArray, FloatArray]:
     """One signal as a step line: each reading stands until the next, the last one until `until_s`.
 
@@ -177,7 +197,7 @@ def blind_spans(record: RunRecord, samples: Samples) -> list[Span]:
 
 
 def first_bad(record: RunRecord, samples: Samples) -> float | None:
-    """When the first request of the window was due that failed or was slower than a latency objective allows."""
+    """When the first request of the window was due that failed, or was slower or other than an objective allows."""
     if record.window is None:
         return None
     slis = record.environment.slis
@@ -192,7 +212,19 @@ def first_bad(record: RunRecord, samples: Samples) -> float | None:
         for r in samples.requests_due(record.window)
         if r.sent_s - r.due_s <= late and (not r.ok or r.done_s - r.due_s >= slowest)
     )
-    return min(bad, default=None)
+    found = [*bad, *_first_wrong(record, samples)]
+    return min(found, default=None)
+
+
+def _first_wrong(record: RunRecord, samples: Samples) -> list[float]:
+    """When the first wrong answer of the window was due, where an objective speaks of answered numbers."""
+    slis = record.environment.slis
+    spoken = any(o.sli in slis and slis[o.sli].measure in VALUE_MEASURES for o in record.experiment.steady_state)
+    if not spoken or record.window is None or record.baseline is None:
+        return []
+    reference = reference_of(samples, record.environment, record.baseline)
+    requests = Phase(samples, record.environment, record.window, reference).requests
+    return [float(t) for t in requests.due_s[requests.wrong][:1]]
 
 
 def _path(request: RequestSample) -> str:

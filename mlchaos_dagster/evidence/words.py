@@ -13,6 +13,7 @@ from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import RunRecord, Verdict
 from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.evidence.rows import BREAKER_STATES, shown_name, size_text
+from mlchaos_dagster.judgement.golden import table_words, wrong_words
 
 GLYPHS = {
     Outcome.HELD: "✔",
@@ -104,6 +105,10 @@ def measurement_notes(record: RunRecord, verdict: Verdict) -> list[str]:
     for name, result in verdict.slis.items():
         if result.why and result.effect is not None:
             notes.append(f"{shown_name(name)}: {result.why}")
+    if verdict.golden is not None:
+        notes.append(table_words(verdict.golden, record.environment.probe))
+        if verdict.golden.wrong:
+            notes.append(wrong_words(verdict.golden, record.environment.probe))
     late = max((r.late for r in verdict.slis.values()), default=0)
     if late:
         limit = show_duration(record.environment.sampling.max_lateness)

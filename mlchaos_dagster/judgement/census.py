@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,14 @@ import numpy.typing as npt
 from mlchaos_dagster.judgement.autocorrelation import FloatArray
 
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 TextArray = npt.NDArray[np.str_]
 
 _QUANTILE = re.compile(r"latency_p(\d{1,2}(?:\.\d+)?)")
-MEASURES = ("availability", "error_rate", "fallback_rate", "latency_mean", "latency_p50", "latency_p95", "latency_p99")
+MEASURES = (
+    "availability", "error_rate", "fallback_rate", "golden_error_rate",
+    "latency_mean", "latency_p50", "latency_p95", "latency_p99",
+)  # fmt: skip
 """Named measures; any other `latency_pNN` (0 < NN < 100) is understood as well."""
 
 
@@ -47,6 +51,14 @@ class Requests:
     """Whether it was answered well."""
     path: TextArray
     """Which path answered: `model`, `cache`, or empty."""
+    item: IntArray
+    """Which of the probe's bodies it carried; −1: none."""
+    value: FloatArray
+    """The number in the answer; NaN: none."""
+    compared: BoolArray
+    """Whether its answer was held against a golden prediction (`shift.Reference.judged`); False until then."""
+    wrong: BoolArray
+    """Of these, whether it differs."""
 
     @classmethod
     def of(
@@ -57,6 +69,8 @@ class Requests:
         *,
         sent_s: npt.ArrayLike | None = None,
         path: npt.ArrayLike | None = None,
+        item: npt.ArrayLike | None = None,
+        value: npt.ArrayLike | None = None,
     ) -> Requests:
         """Sort by due time and check.
 
@@ -66,6 +80,8 @@ class Requests:
             ok: whether it was answered well.
             sent_s: when it was sent; default: when due.
             path: which path answered; default: unknown.
+            item: which body it carried; default: −1, none.
+            value: the number in the answer, NaN where there is none; default: none anywhere.
 
         Raises:
             ValueError: unequal lengths, or a time that is not finite.
@@ -74,12 +90,15 @@ class Requests:
         sent = due if sent_s is None else np.asarray(sent_s, dtype=np.float64)
         good = np.asarray(ok, dtype=np.bool_)
         by = np.full(due.shape, "", dtype=np.str_) if path is None else np.asarray(path, dtype=np.str_)
-        if due.ndim != 1 or any(part.shape != due.shape for part in (done, sent, good, by)):
-            raise ValueError("requests need arrays of one length: due, sent, done, ok, path")
+        which = np.full(due.shape, -1, dtype=np.int64) if item is None else np.asarray(item, dtype=np.int64)
+        number = np.full(due.shape, np.nan) if value is None else np.asarray(value, dtype=np.float64)
+        if due.ndim != 1 or any(part.shape != due.shape for part in (done, sent, good, by, which, number)):
+            raise ValueError("requests need arrays of one length: due, sent, done, ok, path, item, value")
         if not (np.isfinite(due).all() and np.isfinite(sent).all() and np.isfinite(done).all()):
             raise ValueError("a request's times must be finite: one that never ended is done when the probe gave up")
         order = np.argsort(due, kind="stable")
-        return cls(due[order], sent[order], done[order], good[order], by[order])
+        no = np.zeros(due.shape, dtype=np.bool_)
+        return cls(due[order], sent[order], done[order], good[order], by[order], which[order], number[order], no, no)
 
     def __len__(self) -> int:
         return len(self.due_s)
@@ -105,14 +124,11 @@ class Requests:
 
     def select(self, mask: npt.NDArray[Any]) -> Requests:
         """The requests where `mask` (shape (n,), bool) holds."""
-        return replace(
-            self,
-            due_s=self.due_s[mask],
-            sent_s=self.sent_s[mask],
-            done_s=self.done_s[mask],
-            ok=self.ok[mask],
-            path=self.path[mask],
-        )
+        return Requests(**{f.name: getattr(self, f.name)[mask] for f in fields(self)})
+
+    def with_answers(self, *, compared: BoolArray, wrong: BoolArray) -> Requests:
+        """The same requests, held against golden predictions."""
+        return replace(self, compared=compared, wrong=wrong)
 
     def window(self, start_s: float, end_s: float) -> Requests:
         """The requests due in [start_s, end_s)."""
@@ -201,6 +217,9 @@ def measure(name: str, requests: Requests, *, penalty_s: float = math.inf) -> fl
     if name == "fallback_rate":
         answered = int(requests.ok.sum())
         return None if answered == 0 else int((requests.ok & (requests.path == "cache")).sum()) / answered
+    if name == "golden_error_rate":
+        compared = int(requests.compared.sum())
+        return None if compared == 0 else int(requests.wrong.sum()) / compared
     if name == "latency_mean":
         return None if n == 0 else float(requests.penalised_latency_s(penalty_s).mean())
     q = quantile_of(name)

@@ -96,7 +96,7 @@ def allowance(
     """An objective over requests as an :class:`Allowance`.
 
     Args:
-        measure: `availability`, `error_rate`, `fallback_rate` or `latency_pNN`.
+        measure: `availability`, `error_rate`, `fallback_rate`, `golden_error_rate` or `latency_pNN`.
         requests: on time ones only.
         at_least: limit of an availability, 0 to 1; or `above`.
         above: the same, itself not enough.
@@ -118,6 +118,8 @@ def allowance(
             return Allowance(measure, ~requests.ok, limit, strict)
         if measure == "fallback_rate" and not floor:
             return Allowance(measure, requests.ok & (requests.path == "cache"), limit, strict, among=requests.ok)
+        if measure == "golden_error_rate" and not floor:
+            return Allowance(measure, requests.wrong, limit, strict, among=requests.compared)
         if q is not None and not floor:
             latency = requests.ranked_latency_s
             return Allowance(measure, latency >= limit if strict else latency > limit, 1.0 - q)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from mlchaos_dagster.domain.environment import Sli
+from mlchaos_dagster.domain.environment import SHIFT_MEASURES, Sli
 from mlchaos_dagster.domain.record import RunRecord, SliResult
 from mlchaos_dagster.domain.spec import Objective
 from mlchaos_dagster.judgement.census import Requests, quantile_of
@@ -54,6 +54,9 @@ def _result(
         if sli.measure is None:
             reliable = False
             notes.append("a signal has no interval")
+        elif sli.measure in SHIFT_MEASURES:
+            reliable = False
+            notes.append(f"a distance between distributions has no interval here; {_rests_on(during)}")
         else:
             found = _effect(sli.measure, baseline.requests, during.requests, record.seed, timeout)
             if found is not None:
@@ -90,6 +93,12 @@ def _result(
     )
 
 
+def _rests_on(phase: Phase) -> str:
+    assert phase.reference is not None
+    shift = phase.reference.shift(phase.requests)
+    return f"it rests on {shift.values} answers of {shift.items} different items"
+
+
 def _finite(value: float, timeout: float, baseline: float, during: float) -> float | None:
     """An interval's end; one among failed requests is shown as the effect that the timeout would be."""
     if math.isnan(value):
@@ -111,6 +120,9 @@ def _effect(measure: str, baseline: Requests, during: Requests, seed: int, timeo
         if not len(b) or not len(d):
             return None
         return proportion_effect(b.path == "cache", d.path == "cache", seed=seed)
+    if measure == "golden_error_rate":
+        b, d = baseline.select(baseline.compared), during.select(during.compared)
+        return proportion_effect(b.wrong, d.wrong, seed=seed) if len(b) and len(d) else None
     if measure == "latency_mean":
         return mean_effect(baseline.penalised_latency_s(timeout), during.penalised_latency_s(timeout), seed=seed)
     q = quantile_of(measure)
@@ -120,8 +132,11 @@ def _effect(measure: str, baseline: Requests, during: Requests, seed: int, timeo
 
 def _detectable(measure: str, baseline: Requests, planned: int, seed: int) -> Detectable | None:
     """Smallest harmful change a window of `planned` requests would have shown, from this baseline."""
-    if not len(baseline) or planned < 1:
+    if not len(baseline) or planned < 1 or measure in SHIFT_MEASURES:
         return None
+    if measure == "golden_error_rate":
+        compared = baseline.select(baseline.compared)
+        return detectable_proportion(compared.wrong, planned, seed=seed) if len(compared) else None
     if measure in ("availability", "error_rate"):
         return detectable_proportion(~baseline.ok, planned, seed=seed)
     if measure == "fallback_rate":

@@ -7,7 +7,7 @@ What was not seen is INCONCLUSIVE, never a pass; what was seen to break is DEVIA
 
 from __future__ import annotations
 
-from mlchaos_dagster.domain.faults import is_held
+from mlchaos_dagster.domain.environment import VALUE_MEASURES
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import (
     ExpectationResult,
@@ -15,36 +15,24 @@ from mlchaos_dagster.domain.record import (
     RunRecord,
     Samples,
     SliResult,
-    Span,
     Verdict,
 )
 from mlchaos_dagster.domain.spec import Expectation, Objective
 from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
-from mlchaos_dagster.judgement.census import Requests
-from mlchaos_dagster.judgement.measures import Phase, describe, signal_name, steady
-from mlchaos_dagster.judgement.recovery import (
-    Allowance,
-    Moment,
-    allowance,
-    first_bad,
-    regained,
-    split_recovery,
-    steady_again,
-    steady_from_evaluations,
-)
+from mlchaos_dagster.judgement.comeback import allowance_of, readings, recovery_of, recovery_words
+from mlchaos_dagster.judgement.measures import Phase, describe, reference_of, steady
+from mlchaos_dagster.judgement.recovery import first_bad
 from mlchaos_dagster.judgement.results import sli_results
 
 JUDGED_BY = "mlchaos/judgement/v1"
-READY = "ready_replicas"
-RUNNING = "running_replicas"
-"""Signals that, where a platform offers them, split the recovery."""
 
 
 def judge(record: RunRecord, samples: Samples) -> Verdict:
     """Judge a record. The same record gives the same verdict (seeded by the run)."""
     environment = record.environment
+    reference = None if record.baseline is None else reference_of(samples, environment, record.baseline)
     phases = {
-        name: Phase(samples, environment, span, with_open_requests=name == "during")
+        name: Phase(samples, environment, span, reference, with_open_requests=name == "during")
         if span is not None and span.length > 0
         else None
         for name, span in (("baseline", record.baseline), ("during", record.window), ("after", record.after))
@@ -52,7 +40,7 @@ def judge(record: RunRecord, samples: Samples) -> Verdict:
     baseline, during, after = phases["baseline"], phases["during"], phases["after"]
     slis = sli_results(record, baseline, during, after)
     expectations = tuple(_expectation(e, record, samples, slis) for e in record.experiment.expect)
-    recovery = _recovery(record, samples)
+    recovery = recovery_of(record, samples, reference)
     steady_before, why_unsteady = (
         steady(baseline, record.experiment.steady_state) if baseline is not None else (None, ())
     )
@@ -69,6 +57,7 @@ def judge(record: RunRecord, samples: Samples) -> Verdict:
         fault_fired=bool(record.fault and record.fault.confirmed),
         steady_before=steady_before,
         held=None if during is None or any(m is None for m in measured) else all(measured),
+        golden=None if reference is None else reference.facts(during.requests if during else None),
         advice=advice,
         judged_by=JUDGED_BY,
     )
@@ -121,6 +110,7 @@ def _decide(
     if deviations:
         return Outcome.DEVIATED, deviations, ""
     missing = [f"{e.expected}: {e.saw}" for e in expectations if e.seen is None and not record.shadow]
+    missing += _too_few_answers(record, during, slis)
     missing += [f"{s.slo} could not be measured during the fault" for s in slis.values() if s.slo and s.met is None]
     if recovery.met is None:
         missing.append("whether the target came back in time could not be seen")
@@ -174,6 +164,18 @@ def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:
     return reasons
 
 
+def _too_few_answers(record: RunRecord, during: Phase, slis: dict[str, SliResult]) -> list[str]:
+    """Objectives on answered numbers that were met by too few of them: a pass needs as many as any other."""
+    environment = record.environment
+    fewest = environment.sampling.min_samples
+    return [
+        f"{s.slo}: only {s.samples} of {len(during.requests)} answers could be compared with the baseline; "
+        f"at least {fewest} are needed"
+        for name, s in slis.items()
+        if environment.slis[name].measure in VALUE_MEASURES and s.slo and s.met and s.samples < fewest
+    ]
+
+
 def _deviations(
     record: RunRecord,
     during: Phase,
@@ -190,24 +192,15 @@ def _deviations(
             before = show_value(result.baseline, result.unit)
             began = _first_bad(record, during, objective)
             when = "" if began is None else f", first {show_duration(began)} into the window"
-            reasons.append(f"{describe(objective)} broke: {was} during the fault ({before} before{when}).")
+            said = f"{describe(objective)} broke: {was} during the fault ({before} before{when})"
+            more = during.explain(objective.sli)
+            reasons.append(f"{said}: {more}." if more else f"{said}.")
     for e in expectations:
         if e.seen is False:
             reasons.append(f"Expected and not seen: {e.expected}; {e.saw}.")
     if recovery.met is False:
         reasons.append(f"recovery took too long: {recovery_words(recovery)}; the limit is {recovery.within_s:g} s.")
     return reasons
-
-
-def recovery_words(recovery: RecoveryResult) -> str:
-    """`detect 0.3 s · ready 2.1 s · steady > 30 s (not seen)`."""
-    parts: list[str] = []
-    for name in ("detect", "reschedule", "ready", "steady"):
-        value: float | None = getattr(recovery, f"{name}_s")
-        if value is not None:
-            censored = name in recovery.censored
-            parts.append(f"{name} {'> ' if censored else ''}{show_duration(value)}{' (not seen)' if censored else ''}")
-    return " · ".join(parts) or "not measured"
 
 
 def _abort_words(record: RunRecord) -> str:
@@ -233,22 +226,11 @@ def _advice(record: RunRecord, during: Phase) -> str:
 
 
 def _first_bad(record: RunRecord, during: Phase, objective: Objective) -> float | None:
-    slo = _allowance(record, objective, during.requests)
+    slo = allowance_of(record, objective, during.requests)
     if slo is None:
         return None
     at = first_bad(during.requests, [slo], origin_s=during.span.start)
     return None if at is None else at - during.span.start
-
-
-def _allowance(record: RunRecord, objective: Objective, requests: Requests) -> Allowance | None:
-    """The objective request by request; None for means and signals, which have no such form."""
-    measure = record.environment.slis[objective.sli].measure
-    if measure is None:
-        return None
-    try:
-        return allowance(measure, requests, **{objective.side: objective.limit.value})
-    except ValueError:
-        return None
 
 
 # ---- expectations
@@ -262,8 +244,8 @@ def _expectation(
         return _expected_sli(expected, words, slis.get(expected.sli))
     assert expected.signal is not None
     steps = samples.signal(expected.signal)
-    before = _values(steps, record.baseline)
-    during = _values(steps, record.window)
+    before = readings(steps, record.baseline)
+    during = readings(steps, record.window)
     if not during or not before:
         return ExpectationResult(expected=words, seen=None, saw=f"{expected.signal} was not measured")
     low, high = min(during), max(during)
@@ -303,110 +285,6 @@ def _expected_sli(expected: Expectation, words: str, result: SliResult | None) -
     return ExpectationResult(expected=words, seen=seen, saw=saw)
 
 
-def _values(steps: list[tuple[float, float]], span: Span | None) -> list[float]:
-    return [] if span is None else [v for t, v in steps if span.start <= t <= span.end]
-
-
 def _range(values: list[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-# ---- recovery
-
-
-def _recovery(record: RunRecord, samples: Samples) -> RecoveryResult:
-    within = record.experiment.recovery.within
-    none = RecoveryResult(within_s=within)
-    if record.window is None or record.after is None or record.after.length <= 0 or record.baseline is None:
-        return none
-    origin, until = _origin(record, samples), record.after.end
-    moments: dict[str, float | Moment | None] = {"steady": _steady(record, samples, origin, until)}
-    for part, signal in (("ready", READY), ("reschedule", RUNNING)):
-        steps = samples.signal(signal)
-        level = _values(steps, record.baseline)
-        if steps and level:
-            back = regained([t for t, _ in steps], [v for _, v in steps], max(level), origin_s=origin, until_s=until)
-            if back.dropped_at_s is not None:
-                moments[part] = back.at_s
-    detected = _detected(record, samples)
-    split = split_recovery(origin, until, moments)
-    parts = [v for v in (split.ready_s, split.reschedule_s, split.steady_s) if v is not None]
-    late = any(v > within for v in parts)
-    open_ended = bool({"ready", "reschedule", "steady"} & set(split.censored))
-    return RecoveryResult(
-        detect_s=None if detected is None else max(0.0, detected - record.window.start),
-        reschedule_s=split.reschedule_s,
-        ready_s=split.ready_s,
-        steady_s=split.steady_s,
-        censored=split.censored,
-        within_s=within,
-        met=False if late else None if open_ended else True,
-    )
-
-
-def _origin(record: RunRecord, samples: Samples) -> float:
-    """From when recovery counts: the word to recover; for kills, which are over at once, the last kill seen."""
-    assert record.window is not None
-    removed = record.moment("recover_requested")
-    removed = record.window.end if removed is None else removed
-    fault = record.experiment.fault
-    if fault.kind != "pod_delete" and is_held(fault.kind, fault.params()):
-        return removed
-    for name in (RUNNING, READY):
-        steps = [(t, v) for t, v in samples.signal(name) if record.window.start <= t <= removed]
-        drops = [t for (_, a), (t, b) in zip(steps, steps[1:], strict=False) if b < a]
-        if drops:
-            return drops[-1]
-    return record.window.start
-
-
-def _steady(record: RunRecord, samples: Samples, origin: float, until: float) -> Moment:
-    """When every objective holds again for the dwell time: the latest of all objectives."""
-    assert record.baseline is not None
-    environment, dwell = record.environment, record.experiment.recovery.dwell
-    observed = Phase(samples, environment, Span(start=record.baseline.start, end=until)).requests
-    before = observed.window(record.baseline.start, record.baseline.end)
-    ok = before.select(before.ok)
-    healthy = float(sorted(ok.latency_s)[len(ok) // 2]) if len(ok) else 0.0
-    found: list[Moment] = []
-    slos: list[Allowance] = []
-    for objective in record.experiment.steady_state:
-        slo = _allowance(record, objective, observed)
-        if slo is not None:
-            slos.append(slo)
-            continue
-        sli = environment.slis[objective.sli]
-        steps = samples.signal(signal_name(objective.sli, sli))
-        if steps:
-            met = [objective.met_by(v) for _, v in steps]
-            found.append(
-                steady_from_evaluations([t for t, _ in steps], met, origin_s=origin, dwell_s=dwell, until_s=until)
-            )
-    while slos:
-        moment = steady_again(observed, slos, origin_s=origin, dwell_s=dwell, until_s=until, healthy_latency_s=healthy)
-        if moment.relapsed_at_s is None or moment.censored:
-            found.append(moment)
-            break
-        # It held once and broke again: recovery counts from the *last* breach.
-        origin = moment.relapsed_at_s
-    if not found:
-        return Moment(until, censored=True)
-    latest = max(m.at_s for m in found)
-    return Moment(latest, censored=any(m.censored for m in found))
-
-
-def _detected(record: RunRecord, samples: Samples) -> float | None:
-    """When the platform first acted on the fault: an expected signal moved, or a replica left the balance."""
-    assert record.window is not None and record.baseline is not None
-    names = [e.signal for e in record.experiment.expect if e.signal] or [READY]
-    firsts: list[float] = []
-    for name in names:
-        steps = samples.signal(name)
-        before = _values(steps, record.baseline)
-        if before:
-            moved = (t for t, v in steps if t >= record.window.start and not min(before) <= v <= max(before))
-            at = next(moved, None)
-            if at is not None and at <= record.window.end:
-                firsts.append(at)
-    return min(firsts, default=None)

@@ -302,7 +302,12 @@ class Generator:
         times = [round(request.due - zero, 6), round(request.sent - zero, 6), round(done - zero, 6)]
         row: list[Any] = [*times, status, ok, path, replica, request.k % self.items if self.items else -1]
         # Read after the clock was: what it costs is not the target's latency.
-        if ok and self.value_path and reader is not None and (found := number_in(reader.body, self.value_path)) is not None:
+        if (
+            ok
+            and self.value_path
+            and reader is not None
+            and (found := number_in(reader.body, self.value_path)) is not None
+        ):
             row.append(found)
         self.samples.append(row)
         if not self._flushing:
