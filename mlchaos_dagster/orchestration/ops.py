@@ -14,7 +14,7 @@ import dagster as dg
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import RunRecord, Samples, Span
 from mlchaos_dagster.domain.spec import Experiment
-from mlchaos_dagster.judgement.measures import Phase
+from mlchaos_dagster.judgement.measures import Phase, reference_of
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration import metadata as md
 from mlchaos_dagster.orchestration.session import STOPPING, Session, Sessions
@@ -252,7 +252,7 @@ def end_cancelled(context: dg.OpExecutionContext, reason: str) -> NoReturn:
 
 def phase_values(samples: Samples, environment: Environment, span: Span) -> dict[str, float | None]:
     """Every SLI of the environment over a span."""
-    phase = Phase(samples, environment, span)
+    phase = Phase(samples, environment, span, reference_of(samples, environment, span))
     return {name: phase.value(name) for name in environment.slis}
 
 
