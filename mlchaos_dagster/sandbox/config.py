@@ -93,6 +93,10 @@ class SandboxConfig:
     """One try at an inference replica."""
     breaker_open_s: float = 2.0
     """How long an open breaker keeps traffic away before it lets one trial through."""
+    feature_stale_s: float = 10.0
+    """Features that ingestion refreshed longer ago than this are stale; it does so every 2 s."""
+    feature_cache_limit_s: float = 300.0
+    """Features that were seen before answer for this long after their last refresh, where they are refreshed at all."""
     backoff_initial_s: float = 0.3
     """Wait before the first restart; doubled for each further exit, reset after ``backoff_reset_s`` of running."""
     backoff_max_s: float = 10.0
@@ -118,6 +122,8 @@ class SandboxConfig:
             "feature_timeout_s",
             "replica_timeout_s",
             "breaker_open_s",
+            "feature_stale_s",
+            "feature_cache_limit_s",
             "backoff_initial_s",
             "backoff_max_s",
             "backoff_reset_s",

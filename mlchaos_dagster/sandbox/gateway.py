@@ -6,6 +6,10 @@ The answer says in ``X-Answered-By`` which path gave it: ``model`` (live feature
 
 Ejection of a single replica (5 failed tries of its last 10 → no traffic for ``breaker_open_s``) is part of the
 ``breaker`` mechanism. With every ready replica ejected, all of them are tried: guessing beats certain failure.
+
+Features are checked before they reach the model (``feature_validation``, see :mod:`.feature_checks`). A row that is refused
+is answered from the cache, as if the store had not answered; no refused row ever enters the cache. Where features are
+refreshed, a cached row counts for ``feature_cache_limit_s`` from its last refresh; then the answer is 503 with the reason.
 """
 
 from __future__ import annotations
@@ -14,19 +18,23 @@ import asyncio
 import random
 import time
 from collections import OrderedDict
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import aiohttp
 from aiohttp import web
 from prometheus_client import Counter, Gauge, Histogram
 
 from .breaker import Breaker
+from .feature_checks import REASONS, Checks, Schema, Vector, imputed
 from .lifeline import Lifeline
 from .service import Service
 
 _CACHE_ROWS = 2000
 _JITTER_S = (0.005, 0.025)
 _PRIME_FOR_S = 2.0
+_LOOK_EVERY_S = 10.0
+"""Between two looks at all rows on a platform that refreshes them."""
 _BREAKER_VALUES = {"closed": 0, "half_open": 1, "open": 2}
 _BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5)
 
@@ -52,6 +60,14 @@ class Replica:
         self.breaker = breaker
 
 
+class Known(NamedTuple):
+    """Features that may answer in place of live ones."""
+
+    vector: list[float]
+    fresh_at: float
+    """When ingestion had refreshed them; where nothing is refreshed, when they were read. Monotonic seconds."""
+
+
 class Gateway:
     """Mechanisms and state behind the HTTP face."""
 
@@ -65,7 +81,11 @@ class Gateway:
         self.store_url = ""
         self.replicas: dict[str, Replica] = {}
         self.breaker = self._new_breaker()
-        self.cache: OrderedDict[int, list[float]] = OrderedDict()
+        self.cache: OrderedDict[int, Known] = OrderedDict()
+        self.checks = Checks(stale_s=config["feature_stale_s"])
+        self.cache_limit_s: float = config["feature_cache_limit_s"]
+        self._refreshed = False
+        self.refused: dict[str, int] = dict.fromkeys(REASONS, 0)
         self._turn = 0
         self._rng = random.Random()
         self._started = time.monotonic()
@@ -83,6 +103,9 @@ class Gateway:
             ("gateway_ready_replicas", "Replicas in rotation", lambda: len(self._in_rotation())),
         ):
             Gauge(name, text, registry=registry).set_function(read)
+        refused = Gauge("gateway_features_refused", "Rows that did not pass validation", ["reason"], registry=registry)
+        for reason in REASONS:
+            refused.labels(reason).set_function(lambda reason=reason: self.refused[reason])
 
     # -- features ---------------------------------------------------------------------------------------------------
 
@@ -98,7 +121,7 @@ class Gateway:
                 self.totals["retries"] += 1
                 await self._jitter()
             try:
-                vector = await self._fetch(entity)
+                vector, age_s = await self._fetch(entity)
             except _FAILURES as error:
                 self.breaker.record(False)
                 reason = f"the feature store failed: {type(error).__name__}"
@@ -106,43 +129,86 @@ class Gateway:
                     break
                 continue
             self.breaker.record(True)
-            self._remember(entity, vector)
-            return vector, "model"
-        if self.mechanisms["fallback"] and (known := self.cache.get(entity)) is not None:
-            self.totals["fallback"] += 1
-            return known, "cache"
+            if not (wrong := self._take(entity, vector, age_s)):
+                return imputed(vector), "model"
+            self.refused[wrong] += 1
+            reason = f"the features of {entity} did not pass validation: {wrong}"
+            break
+        if self.mechanisms["fallback"] and entity in self.cache:
+            if (known := self._known(entity)) is not None:
+                self.totals["fallback"] += 1
+                return known, "cache"
+            reason += f", and those seen before are older than {self.cache_limit_s:g} s"
         raise Unanswered(503, reason)
 
-    async def _fetch(self, entity: int) -> list[float]:
+    def _take(self, entity: int, vector: Vector, age_s: float | None) -> str:
+        """Check a row and remember it; else why not."""
+        self._refreshed = age_s is not None
+        if self.mechanisms["feature_validation"]:
+            if wrong := self.checks.refuse(vector, age_s, self._known(entity)):
+                return wrong
+        self._remember(entity, imputed(vector), age_s or 0.0)
+        return ""
+
+    def _known(self, entity: int) -> list[float] | None:
+        """Features that were seen before, if they are young enough to count."""
+        known = self.cache.get(entity)
+        if known is None:
+            return None
+        limited = self._refreshed and self.mechanisms["feature_validation"]
+        return None if limited and time.monotonic() - known.fresh_at > self.cache_limit_s else known.vector
+
+    async def _fetch(self, entity: int) -> tuple[Vector, float | None]:
         url = f"{self.store_url}/features/{entity}"
         async with self.session.get(url, timeout=self.feature_timeout) as response:
             if response.status == 404:
                 self.breaker.record(True)
                 raise Unanswered(404, f"no entity {entity}")
             response.raise_for_status()
-            return (await response.json())["features"]
+            row = await response.json()
+            return row["features"], row["age_s"]
 
-    def _remember(self, entity: int, vector: list[float]) -> None:
-        self.cache[entity] = vector
+    def _remember(self, entity: int, vector: list[float], age_s: float) -> None:
+        self.cache[entity] = Known(vector, time.monotonic() - age_s)
         self.cache.move_to_end(entity)
         if len(self.cache) > _CACHE_ROWS:
             self.cache.popitem(last=False)
 
     async def prime(self) -> None:
-        """Fill the cache once; try until it works, but do not hold readiness up for more than two seconds."""
-        while self.mechanisms["fallback"]:
+        """Fill the cache once; try until it works, but do not hold readiness up for more than two seconds.
+
+        Where rows are refreshed, all of them are looked at again and again: so that also those that nobody asks for have a
+        young copy, and a shift of the whole is seen.
+        """
+        while self.mechanisms["fallback"] or self.mechanisms["feature_validation"]:
             try:
-                url = f"{self.store_url}/features?limit={_CACHE_ROWS}"
-                async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=1.0)) as response:
-                    response.raise_for_status()
-                    for entity, vector in (await response.json())["features"].items():
-                        self.cache.setdefault(int(entity), vector)
+                await self._look()
                 break
             except (*_FAILURES, ValueError):
                 if time.monotonic() - self._started > _PRIME_FOR_S:
                     self.service.set_ready(True, "cache not primed yet")
                 await asyncio.sleep(0.05)
         self.service.set_ready()
+        while self.mechanisms["feature_validation"]:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._refreshed or self.checks.shifted:
+                try:
+                    await self._look()
+                except (*_FAILURES, ValueError):
+                    continue
+
+    async def _look(self) -> None:
+        """Read all rows (of many, the first) and keep what passes."""
+        url = f"{self.store_url}/features?limit={_CACHE_ROWS}"
+        async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=1.0)) as response:
+            response.raise_for_status()
+            answer = await response.json()
+        schema = Schema(**answer["schema"])
+        self.checks = replace(self.checks, schema=schema, shifted=schema.shifted(answer["features"].values()))
+        for entity, vector in answer["features"].items():
+            # What people ask for is not pushed out by what they might ask for.
+            if int(entity) in self.cache or len(self.cache) < _CACHE_ROWS:
+                self._take(int(entity), vector, answer["ages_s"][entity])
 
     # -- replicas ---------------------------------------------------------------------------------------------------
 
@@ -245,6 +311,7 @@ class Gateway:
                 "errors_total": self.totals["errors"],
                 "retries_total": self.totals["retries"],
                 "cached_entities": len(self.cache),
+                "features_refused": self.refused,
                 "mechanisms": self.mechanisms,
                 "uptime_s": round(time.monotonic() - self._started, 3),
             }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.sandbox.slots import Slot
     from mlchaos_dagster.sandbox.supervisor import Supervisor
 
-NAMES: tuple[str, ...] = ("storage",)
+NAMES: tuple[str, ...] = ("storage", "features")
 """All parts, in the order in which they can be started: each after those it requires."""
 
 
