@@ -12,7 +12,11 @@ from .faults import Fault, Refused
 if TYPE_CHECKING:
     from .supervisor import Supervisor
 
-HANDLERS: dict[str, str] = {}
+HANDLERS: dict[str, str] = {
+    "model_chaos": "chaotic:ModelChaos",
+    "cpu_stress": "stress:CpuStress",
+    "memory_stress": "stress:MemoryStress",
+}
 """Kind → ``module:Class`` under ``sandbox/``. A class is built once, with the supervisor."""
 
 

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from .lifeline import Lifeline
 
 if TYPE_CHECKING:
+    import aiohttp
     from aiohttp import web
 
     from mlchaos_dagster.chaos_model import ChaosModelWrapper
 
+    from .registry import RegistryClient
     from .served_model import ServedModel
     from .service import Service
 
@@ -35,9 +37,12 @@ class Replica:
 
         self.service, self.served, self.config = service, served, service.config
         self.directory = Path(self.config["model_dir"])
+        self.session: aiohttp.ClientSession
         self.chaos: ChaosModelWrapper | None = None
         self.chaos_lease = ""
-        self._etags: dict[str, str] = {}
+        self._registry: RegistryClient | None = None
+        self._seen: tuple[str, bytes] = ("", b"")
+        """Version and bytes of the registry's that were judged last."""
         registry = service.registry
         self._predictions = Counter("sandbox_predictions_total", "Predictions by result", ["result"], registry=registry)
         self._seconds = Histogram("sandbox_prediction_seconds", "Time in the model", registry=registry)
@@ -85,21 +90,33 @@ class Replica:
             await asyncio.sleep(_LOOK_S)
 
     async def _look_at_registry(self) -> None:
-        from .registry import RegistryClient, RegistryUnavailable
+        import aiohttp
 
-        client = RegistryClient(self.service.peers, self.config)
+        from .registry import RegistryUnavailable
+
         try:
-            version = await client.assigned(self.config["name"])
+            url = f"{self.service.peers['rollout']}/assignment?replica={self.config['name']}"
+            async with self.session.get(url) as response:
+                version = (await response.json())["version"]
             if version is None:
                 return
-            artifact, etag = await client.artifact(version, self._etags.get(version, ""))
-            if artifact is None:
-                return  # the same bytes as at the last look
-            card = await client.card(version)
-        except RegistryUnavailable:
+            artifact = await self.registry.artifact(version)
+            if self._seen == (version, artifact):
+                return
+            card = await self.registry.card(version)
+        except (RegistryUnavailable, aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, KeyError):
             return  # what is served goes on
-        self._etags = {version: etag}
+        self._seen = (version, artifact)
         await _beside(self.served.take, artifact, card, "registry")
+
+    @property
+    def registry(self) -> RegistryClient:
+        """Made when it is first needed: without a registry none of it is imported."""
+        from .registry import RegistryClient
+
+        if self._registry is None:
+            self._registry = RegistryClient(lambda: self.service.peers.get("object_store", ""), self.config["token"])
+        return self._registry
 
     async def health(self, request: web.Request) -> web.Response:
         """GET /model/health."""
@@ -120,14 +137,13 @@ class Replica:
         from aiohttp import web
 
         from .model import ModelRejected
-        from .registry import RegistryClient, RegistryUnavailable
+        from .registry import RegistryUnavailable
 
         asked = await request.json()
-        client = RegistryClient(self.service.peers, self.config)
         try:
-            artifact, _ = await client.artifact(asked["version"])
-            card = await client.card(asked["version"])
-            found = await _beside(self.served.try_out, artifact or b"", card, asked["rows"])
+            artifact = await self.registry.artifact(asked["version"])
+            card = await self.registry.card(asked["version"])
+            found = await _beside(self.served.try_out, artifact, card, asked["rows"])
         except ModelRejected as error:
             return web.json_response({"rejected": str(error)})
         except RegistryUnavailable as error:
@@ -190,6 +206,10 @@ async def main(lifeline: Lifeline) -> None:
     watching: list[asyncio.Task[None]] = []
 
     async def started() -> None:
+        import aiohttp
+
+        replica.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1.0))
         watching.append(asyncio.get_running_loop().create_task(replica.watch()))
 
     await service.serve(started)
+    await replica.session.close()

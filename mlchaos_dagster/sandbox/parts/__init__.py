@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.sandbox.slots import Slot
     from mlchaos_dagster.sandbox.supervisor import Supervisor
 
-NAMES: tuple[str, ...] = ("storage", "features")
+NAMES: tuple[str, ...] = ("storage", "features", "model_health", "models", "scaling")
 """All parts, in the order in which they can be started: each after those it requires."""
 
 
@@ -54,6 +54,8 @@ class Part:
     """Names of the gauges that ``read`` can give."""
     read: Callable[[View], dict[str, float]] | None = None
     """Gauges now. What is not known now is left out; a process that is down is no excuse for what can be counted."""
+    watches: tuple[str, ...] = ()
+    """Globs over processes of serving whose GET /state ``read`` needs, too."""
     settings: Callable[[Supervisor, str], dict[str, Any]] | None = None
     """Further settings of a child by process name; secrets go here (a child's standard input), never into argv."""
     task: Callable[[Supervisor], Coroutine[Any, Any, None]] | None = None
