@@ -369,6 +369,6 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
 def _usage(path: Path, stages: StageFile) -> str:
     n = len(stages.progressive_chaos)
     return (
-        f"{show_source(path)}: {n} stage{'s' * (n != 1)} for an experiment of the library. "
-        f"Run them: mlchaos run NAME --stages {show_source(path)}"
+        f"{show_source(path)}: {n} stage{'s' * (n != 1)}, for any experiment of the library. "
+        f"Run them, for example, on pods: mlchaos run serving-pod-failure --stages {show_source(path)}"
     )

@@ -29,6 +29,7 @@ def command(files: tuple[str, ...], alone: bool) -> None:
         {
             "files": found.files,
             "wrong_files": found.wrong_files,
+            "notes": found.notes,
             "problems": [{"where": p.where, "what": p.what} for p in found.problems],
         }
     )
@@ -39,6 +40,8 @@ def command(files: tuple[str, ...], alone: bool) -> None:
         problems = "1 problem" if n == 1 else f"{n} problems"
         app.out(f"{problems} in {found.wrong_files} of {found.files} file{'s' * (found.files != 1)}")
         leave(2)
+    for note in found.notes:
+        app.out(note)
     app.out(f"{found.files} file{'s' * (found.files != 1)}, no problems")
 
 

@@ -49,7 +49,7 @@ def execute(
     """
     from mlchaos_dagster.orchestration.launch import launch
 
-    relay, outcomes = _Relay(), list[Outcome]()
+    relay, order = _Relay(), _Order(experiments)
     results = launch(
         experiments,
         environment,
@@ -59,35 +59,88 @@ def execute(
         started_by=app.settings.user or "mlchaos run",
         seed=seed,
         suite=suite,
+        skip=lambda experiment: order.because(experiment) is not None,
     )
+    outcomes: list[Outcome] = []
     wrong: set[int] = set()
+    stopped = False
     try:
         for number, experiment in enumerate(experiments, 1):
+            if because := order.because(experiment):
+                app.note(f"{number} of {len(experiments)}  {experiment.name} not started: {because}")
+                continue
             if len(experiments) > 1:
                 app.note(f"{number} of {len(experiments)}  {experiment.name}")
             with _progress(experiment, environment, shadow) as relay.target:
                 result = next(results, None)
             if result is None:
+                stopped = True
                 break
             if result.kind == "usage":
                 wrong.add(len(outcomes))
             outcomes.append(_outcome(result))
+            order.ended(experiment, _word(result))
+            stopped = result.cancelled
+            left = order.left_out_by(experiment, stopped)
             with contextlib.suppress(BrokenPipeError):  # nobody reads any more; the run's exit code still counts
-                _show(app, result, experiment, environment, shadow, again)
-            if result.cancelled:
+                _show(app, result, experiment, environment, shadow, again, left)
+            if stopped:
                 break
     except KeyboardInterrupt:
         if not outcomes:
             raise
+        stopped = True
         app.note("ABORTED  interrupted; `mlchaos status` shows whether anything is left")
-    left = [e.name for e in experiments[len(outcomes) :]]
+    left = [e.name for e in order.to_come()] if stopped else []
     if left:
         app.note(f"not started, because a run was stopped: {', '.join(left)}")
     if len(outcomes) > 1:
         app.note(_summary(outcomes))
-    # What was asked for and not run is no pass, whatever the others found.
+    # What was asked for and not run because of a stop is no pass, whatever the others found.
     code = exit_code_of([*(o for i, o in enumerate(outcomes) if i not in wrong), *([Outcome.ABORTED] if left else [])])
     return EXIT_USAGE if wrong and code not in (Outcome.UNCLEAN.exit_code, EXIT_INTERNAL) else code
+
+
+class _Order:
+    """Which experiments of one call may start, given what those before them came to.
+
+    The guard would refuse them as well; here not even a run is made of what cannot start.
+    """
+
+    def __init__(self, experiments: Sequence[Experiment]) -> None:
+        self.experiments = experiments
+        self.words: dict[str, str] = {}
+        """Experiment → outcome of its run in this call, the last one where it ran twice."""
+
+    def ended(self, experiment: Experiment, word: str) -> None:
+        """It ran, and came to this."""
+        self.words[experiment.name] = word
+
+    def because(self, experiment: Experiment) -> str | None:
+        """Why it cannot start: `serving-progressive-1 DEVIATED`; None when nothing in this call keeps it from it."""
+        by_name = {e.name: e for e in self.experiments}
+        name = experiment.depends_on
+        for _ in self.experiments:
+            if name is None or name not in by_name:
+                return None  # what happened before this call is for the guard to judge
+            if name in self.words:
+                return None if self.words[name] == Outcome.HELD.value else f"{name} {self.words[name]}"
+            name = by_name[name].depends_on
+        return None
+
+    def to_come(self) -> list[Experiment]:
+        """Neither run nor kept from running by an earlier one."""
+        return [e for e in self.experiments if e.name not in self.words and self.because(e) is None]
+
+    def left_out_by(self, experiment: Experiment, stopped: bool) -> list[dict[str, str]]:
+        """What does not start because of the run that just ended."""
+        mine = f"{experiment.name} {self.words[experiment.name]}"
+        found: list[dict[str, str]] = []
+        for e in self.experiments:
+            because = self.because(e)
+            if e.name not in self.words and (because == mine or (stopped and because is None)):
+                found.append({"experiment": e.name, "because": because or f"{mine}, a run was stopped"})
+        return found
 
 
 @contextlib.contextmanager
@@ -110,8 +163,20 @@ def _outcome(result: LaunchResult) -> Outcome:
     return counted(result.verdict.outcome, result.record is not None and result.record.shadow)
 
 
+def _word(result: LaunchResult) -> str:
+    """The outcome as people read it: a shadow run never says HELD."""
+    shadow = result.verdict is not None and result.record is not None and result.record.shadow
+    return f"SHADOW-{result.verdict.outcome.value}" if shadow and result.verdict else _outcome(result).value
+
+
 def _show(
-    app: App, result: LaunchResult, experiment: Experiment, environment: Environment, shadow: bool, again: str | None
+    app: App,
+    result: LaunchResult,
+    experiment: Experiment,
+    environment: Environment,
+    shadow: bool,
+    again: str | None,
+    not_started: Sequence[dict[str, str]],
 ) -> None:
     for problem in result.problems:
         app.note(problem)
@@ -121,7 +186,8 @@ def _show(
     if result.record is None or result.verdict is None:
         from mlchaos_dagster.evidence.json_output import unjudged_json
 
-        app.dump(unjudged_json(result.run_id, experiment, environment, outcome, result.error, shadow=shadow))
+        value = unjudged_json(result.run_id, experiment, environment, outcome, result.error, shadow=shadow)
+        app.dump({**value, "not_started": not_started})
         word = "error:" if outcome is Outcome.ERROR else f"{outcome.value} "
         app.note(f"{word} {experiment.name}, run {result.run_id}: {result.error}")
         return
@@ -131,6 +197,7 @@ def _show(
         from mlchaos_dagster.evidence.json_output import run_json
 
         value = run_json(result.record, result.verdict, record_path, report_path)
+        value["not_started"] = not_started
         value["durations_s"]["overhead"] = round(result.overhead_s, 3)
         click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
         return

@@ -5,15 +5,17 @@ from __future__ import annotations
 import click
 
 from mlchaos_dagster.cli.app import common, current, table
+from mlchaos_dagster.domain.checks import check_experiment
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.domain.stages import Progressive
+from mlchaos_dagster.domain.units import show_duration
 
 
 @click.command("list")
 @common
 def command() -> None:
     """List experiments, suites and environments of the library."""
-    from mlchaos_dagster.domain.checks import check_experiment
-    from mlchaos_dagster.domain.units import show_duration
-
     app = current()
     environment = app.environment
     experiments, suites, environments = app.catalog.experiments(), app.catalog.suites(), app.catalog.environments()
@@ -30,20 +32,21 @@ def command() -> None:
                     "duration_s": e.duration,
                     "window_s": environment.scaled(e.duration),
                     "owner": e.owner,
+                    "depends_on": e.depends_on,
                     "runs_here": not check_experiment(e, environment),
                 }
                 for e in experiments
+            ],
+            "in_stages": [
+                {"name": p.name, "title": p.title, "experiments": p.stage_names}
+                for p in app.catalog.written()
+                if isinstance(p, Progressive)
             ],
             "suites": [{"name": s.name, "title": s.title, "experiments": s.experiments} for s in suites],
             "environments": [{"name": e.name, "title": e.title} for e in environments],
         }
     )
-    rows: list[list[str]] = []
-    for e in experiments:
-        long, short = show_duration(e.duration), show_duration(environment.scaled(e.duration))
-        window = long if long == short else f"{long} → {short}"
-        here = "" if not check_experiment(e, environment) else f"(not in {environment.name}) "
-        rows.append([e.name, e.area, e.fault.kind, e.target, window, here + e.title])
+    rows = [_row(spec, environment) for spec in app.catalog.written()]
     app.out(table(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows, app.width))
     app.out()
     app.out(
@@ -55,3 +58,14 @@ def command() -> None:
     mark = {environment.name: "*"}
     named = [(e.name + mark.get(e.name, ""), ", ".join(e.backends), e.title) for e in environments]
     app.out(table(("ENVIRONMENT", "BACKENDS", "TITLE"), named, app.width))
+
+
+def _row(spec: Experiment | Progressive, environment: Environment) -> list[str]:
+    """One experiment, or one in stages: a line either way."""
+    ones = [spec] if isinstance(spec, Experiment) else spec.experiments()
+    long = ", ".join(show_duration(e.duration) for e in ones)
+    short = ", ".join(show_duration(environment.scaled(e.duration)) for e in ones)
+    window = long if long == short else f"{long} → {short}"
+    here = "" if not any(check_experiment(e, environment) for e in ones) else f"(not in {environment.name}) "
+    stages = "" if isinstance(spec, Experiment) else f" ({len(ones)} stages)"
+    return [spec.name, spec.area, spec.fault.kind, spec.target, window, f"{here}{spec.title}{stages}"]

@@ -17,8 +17,9 @@ from mlchaos_dagster.errors import Problem, SpecError
 if TYPE_CHECKING:
     from mlchaos_dagster.domain.environment import Environment
     from mlchaos_dagster.domain.spec import Experiment
+    from mlchaos_dagster.domain.stages import Progressive
 
-_SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE"
+_SOURCES = "NAME…, NAME --stages FILE, --suite S, --type KIND --target T, --config FILE"
 _EXIT_ABORTED = 4
 
 
@@ -39,6 +40,7 @@ class Request:
 @click.option("--duration", metavar="TIME", help="Length of the fault of --type: 30s, 5m, or bare seconds.")
 @click.option("--param", multiple=True, metavar="NAME=VALUE", help="Parameter of --type, such as latency=300ms.")
 @click.option("--safety-threshold", metavar="0..1", help="Health score below which nothing starts.")
+@click.option("--stages", metavar="FILE", help="Run NAME in the stages of a file, each only after the one before held.")
 @click.option("--config", metavar="FILE", help="An experiment, or the words of --type, as YAML or JSON.")
 @click.option("--shadow", is_flag=True, help="Everything but the injection.")
 @click.option(
@@ -82,7 +84,7 @@ def _again(app: App, options: dict[str, Any]) -> str | None:
     import shlex
     import sys
 
-    by_name = not options["kind"] and not options["config"] and not app.given.get("library")
+    by_name = not any(options[o] for o in ("kind", "config", "stages")) and not app.given.get("library")
     return None if by_name else f"mlchaos {shlex.join(sys.argv[1:])}"
 
 
@@ -100,10 +102,13 @@ def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Reques
     elif options["config"]:
         request, in_file = _from_file(app, environment, Path(options["config"]))
         threshold = in_file if threshold is None else threshold
+    elif options["stages"]:
+        request = Request(_in_stages(app, environment, names[0], Path(options["stages"])), environment)
+    elif options["suite"]:
+        request = Request(_of_suite(app, environment, options["suite"]), environment)
     else:
-        wanted = list(names)
-        if options["suite"]:
-            wanted = list(app.catalog.suite(options["suite"]).experiments)
+        _no_files(app, names)
+        wanted = [n for name in names for n in app.catalog.expand(name)]
         request = Request(_ready(app, wanted, environment), environment)
     if threshold is not None:
         limits = request.environment.limits.model_copy(update={"health_at_least": threshold})
@@ -122,6 +127,9 @@ def _one_source(names: tuple[str, ...], options: dict[str, Any]) -> None:
         )
         if value
     ]
+    if options["stages"] and len(names) != 1:
+        what = "goes with one NAME of an experiment without stages, such as: mlchaos run serving-pod-failure --stages FILE."
+        raise SpecError(what, "--stages")
     if not given:
         raise SpecError(f"nothing to run. Allowed: {_SOURCES}. `mlchaos list` shows the names.", "run")
     if len(given) > 1:
@@ -160,20 +168,25 @@ def _from_words(app: App, environment: Environment, options: dict[str, Any]) -> 
 
 
 def _from_file(app: App, environment: Environment, path: Path) -> tuple[Request, float | None]:
-    from mlchaos_dagster.catalog import read_spec, show_source
+    from mlchaos_dagster.catalog import read_spec, runnable, show_source
     from mlchaos_dagster.cli.adhoc import AdHoc, AdHocFile, build
     from mlchaos_dagster.domain.checks import check_experiment
     from mlchaos_dagster.domain.nodes import read_document
-    from mlchaos_dagster.domain.parsing import validate
+    from mlchaos_dagster.domain.parsing import kind_of, sort_problems, validate
     from mlchaos_dagster.domain.spec import Experiment
+    from mlchaos_dagster.domain.stages import Progressive
 
     document = read_document(read_spec(path), show_source(path))
+    if kind_of(document) == "stages":
+        what = f"stages alone, no experiment. Run them on an experiment, such as: mlchaos run serving-pod-failure --stages {path}."
+        raise SpecError(what, document.where(("progressive_chaos",), key=True))
     if not document.has(("type",)):
-        parsed = validate(document, Experiment)
-        problems = check_experiment(parsed.value, environment, parsed)
+        in_stages = document.has(("stages",))
+        parsed = runnable(validate(document, Progressive) if in_stages else validate(document, Experiment))
+        problems = sort_problems([p for one in parsed for p in check_experiment(one.value, environment, one)])
         if problems:
             raise SpecError(problems)
-        return Request([parsed.value], environment), None
+        return Request([one.value for one in parsed], environment), None
     words = validate(document, AdHocFile).value
     target = words.target or words.target_app
     if target is None:
@@ -187,6 +200,74 @@ def _from_file(app: App, environment: Environment, path: Path) -> tuple[Request,
         ]
         raise SpecError(moved) from e
     return _unscaled(experiment, environment), words.safety_threshold
+
+
+def _no_files(app: App, names: tuple[str, ...]) -> None:
+    """A file where a name is expected: say how a file is run. Raises SpecError."""
+    for name in names:
+        if Path(name).suffix in (".yaml", ".yml", ".json") and Path(name).is_file():
+            from mlchaos_dagster.catalog import read_spec
+            from mlchaos_dagster.domain.nodes import read_document
+            from mlchaos_dagster.domain.parsing import kind_of
+
+            how = {
+                "stages": f"it holds stages alone. Run them on an experiment, such as: mlchaos run serving-pod-failure --stages {name}",
+                "suite": "it is a suite. Put it into suites/ of a --library DIR, and name it with --suite",
+                "environment": "it is an environment. Put it into environments/ of a --library DIR, and name it with -e",
+            }
+            kind = kind_of(read_document(read_spec(Path(name)), name))
+            raise SpecError(f"{how.get(kind, f'it is a file. Run it: mlchaos run --config {name}')}.", name)
+
+
+def _of_suite(app: App, environment: Environment, name: str) -> list[Experiment]:
+    """A suite of everything takes what can run here, and says what it leaves out; any other is taken at its word."""
+    from mlchaos_dagster.domain.checks import check_experiment
+
+    wanted = list(app.catalog.suite(name).experiments)
+    if app.catalog.suite(name, expanded=False).everything:
+        here = [n for n in wanted if not check_experiment(app.catalog.experiment(n), environment)]
+        if left := [n for n in wanted if n not in here]:
+            app.note(f"left out, because {environment.name} cannot run them: {', '.join(left)}")
+        wanted = here
+    return _ready(app, wanted, environment)
+
+
+def _in_stages(app: App, environment: Environment, name: str, path: Path) -> list[Experiment]:
+    """A library experiment in the stages of a file.
+
+    Raises:
+        SpecError: either is wrong, or they do not go together; with places in the file of stages.
+    """
+    from functools import partial
+
+    from pydantic import ValidationError
+
+    from mlchaos_dagster.catalog import read_spec, show_source
+    from mlchaos_dagster.domain.checks import check_experiment
+    from mlchaos_dagster.domain.nodes import read_document
+    from mlchaos_dagster.domain.parsing import Parsed, sort_problems, validate
+    from mlchaos_dagster.domain.stages import StageFile, staged
+
+    experiment = app.catalog.ready(name, environment)
+    document = read_document(read_spec(path), show_source(path))
+    stages = validate(document, StageFile).value.progressive_chaos
+    try:
+        progressive = staged(experiment, stages)
+    except ValidationError as e:
+        what = e.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SpecError(f"with {name}: {what}", document.where(("progressive_chaos",), key=True)) from e
+    problems: list[Problem] = []
+    for i, one in enumerate(progressive.experiments()):
+        problems += check_experiment(one, environment, Parsed(one, document, partial(_in_file, progressive, i)))
+    if problems:
+        raise SpecError(sort_problems(problems))
+    return progressive.experiments()
+
+
+def _in_file(progressive: Progressive, index: int, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Where in a file of stages a field of a stage's experiment stands; at its stage when it stands elsewhere."""
+    head, *rest = progressive.origin(index, path)
+    return ("progressive_chaos", *rest) if head == "stages" else ("progressive_chaos", index)
 
 
 def _unscaled(experiment: Experiment, environment: Environment) -> Request:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.spec import AbortCondition, Experiment
+from mlchaos_dagster.domain.stages import Progressive
 from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
 from mlchaos_dagster.evidence.rows import limit_text, quantity_text, shown_name
@@ -53,6 +54,54 @@ def experiment_document(
     return mask_text("\n\n".join(parts) + "\n", known)
 
 
+def stages_document(progressive: Progressive, environment: Environment) -> str:
+    """The document of an experiment in stages: what all share, and what each stage asks for itself."""
+    experiments = progressive.experiments()
+    first = experiments[0]
+    shared = [row for row in _scope(first, environment) if row[0] not in ("duration", "blast radius")]
+    rows = [
+        (
+            f"`{e.name}`",
+            _md(stage.name or "–"),
+            _radius(e),
+            _window(e, environment),
+            "; ".join(f"{shown_name(o.sli)} {limit_text(o)}" for o in e.steady_state),
+            f"`{e.depends_on}` HELD" if e.depends_on else "–",
+        )
+        for e, stage in zip(experiments, progressive.stages, strict=True)
+    ]
+    within = show_duration(progressive.depends_within)
+    parts = [
+        f"# {_md(progressive.title)}",
+        f"`{progressive.name}` · {len(rows)} stages · area {progressive.area} · owner {_md(progressive.owner)} · "
+        f"environment {environment.name}",
+        "## Hypothesis",
+        _md(progressive.hypothesis),
+        "## Scope",
+        _table(("", ""), shared),
+        "## Stages",
+        _table(("experiment", "stage", "blast radius", "duration", "must hold", "starts only after"), rows),
+        "A share of the targets is rounded down, and is never less than one target; the report says how many of how many "
+        "were hit.",
+        "## Steps",
+        f"1. Run `{first.name}` as any experiment: guards, baseline, fault, recovery, verdict. "
+        f"`mlchaos describe {first.name}` shows it in full.",
+        f"2. Run the next stage only when the one before came to HELD, in {environment.name}, not longer than {within} ago. "
+        "Every other outcome ends the experiment there: the stages behind it are not started, and a guard refuses "
+        "whoever starts one by hand.",
+        "3. Each stage has its own record, verdict and report.",
+        "## Prerequisites",
+        "\n".join(f"- [ ] {p}" for p in _prerequisites(first, environment)),
+        "## Rollback plan",
+        _rollback_words(environment),
+        _table(("by hand", "what it does"), [(f"`{c}`", _md(w)) for c, w in by_hand_commands(first, environment)]),
+    ]
+    if first.teeth is not None:
+        parts += ["## What it validates", _teeth(first)]
+    known = secrets_in(environment.model_dump(mode="json"), progressive.model_dump(mode="json"))
+    return mask_text("\n\n".join(parts) + "\n", known)
+
+
 def by_hand_commands(experiment: Experiment, environment: Environment) -> list[tuple[str, str]]:
     """The commands somebody types who wants the fault gone, mildest first; all work without Dagster."""
     place = f"--environment {environment.name}"
@@ -75,13 +124,6 @@ def _scope(experiment: Experiment, environment: Environment) -> list[tuple[str, 
     where = markdown_code(target.select) if target else "not mapped in this environment"
     if target and target.describe:
         where += f" ({_md(target.describe)})"
-    radius = experiment.blast_radius
-    share = f"{radius.count} targets" if radius.count is not None else show_percent(radius.fraction, 0)
-    duration = show_duration(environment.scaled(experiment.duration))
-    if environment.scaled(experiment.duration) != experiment.duration:
-        duration += (
-            f" here (asked for {show_duration(experiment.duration)}; duration_scale {environment.duration_scale:g})"
-        )
     params = {k: v for k, v in experiment.fault.params().items() if v is not None}
     fault = f"`{experiment.fault.kind}`" + (
         f" ({', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in params.items())})"
@@ -92,14 +134,31 @@ def _scope(experiment: Experiment, environment: Environment) -> list[tuple[str, 
     return [
         ("system", f"{experiment.target}: {where}"),
         ("fault", f"{fault} by {backend or 'no backend of this environment'}"),
-        ("duration", duration),
-        ("blast radius", f"{share}, never more than {radius.max_targets} targets; frozen before the fault"),
+        ("duration", _window(experiment, environment)),
+        ("blast radius", f"{_radius(experiment)}; frozen before the fault"),
         ("environment", environment.name + (f": {_md(environment.title)}" if environment.title else "")),
     ]
 
 
+def _radius(experiment: Experiment) -> str:
+    radius = experiment.blast_radius
+    share = f"{radius.count} targets" if radius.count is not None else show_percent(radius.fraction, 0)
+    return f"{share}, never more than {radius.max_targets} targets"
+
+
+def _window(experiment: Experiment, environment: Environment) -> str:
+    duration = show_duration(environment.scaled(experiment.duration))
+    if environment.scaled(experiment.duration) == experiment.duration:
+        return duration
+    asked = show_duration(experiment.duration)
+    return f"{duration} here (asked for {asked}; duration_scale {environment.duration_scale:g})"
+
+
 def _prerequisites(experiment: Experiment, environment: Environment) -> list[str]:
     limits, said = environment.limits, [_md(p) for p in experiment.prerequisites]
+    if experiment.depends_on is not None:
+        within = show_duration(experiment.depends_within)
+        said.append(f"`{experiment.depends_on}` HELD in {environment.name} within the last {within}")
     said.append(f"Health score at least {limits.health_at_least:.2f}")
     if environment.error_budget is not None:
         said.append(f"Error budget at least {show_percent(limits.budget_at_least, 0)} left")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import dagster as dg
 
 from mlchaos_dagster.orchestration import keys
-from mlchaos_dagster.orchestration.ops import OPS, Pair, check_output, make_ops
+from mlchaos_dagster.orchestration.ops import OPS, WAITS_FOR, Pair, check_output, make_ops
 
 MEASURED_BY = {
     "experiment": "check_guards",
@@ -43,6 +43,9 @@ def build_assets(pairs: Iterable[Pair]) -> list[dg.AssetsDefinition]:
 def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]) -> dg.AssetsDefinition:
     experiment, environment = pair
     asset = {phase: dg.AssetKey(keys.asset_path(experiment.name, environment.name, phase)) for phase in keys.PHASES}
+    # In the lineage, and in a run of both, this experiment comes after the verdict of the one that it waits for.
+    # Whether that one held is the guard's business: this edge says nothing of outcomes.
+    before_all = _verdict_before(pair)
     specs = [
         dg.AssetCheckSpec(check, asset=asset["verdict"], description=promise, blocking=False)
         for check, promise in PROMISES.items()
@@ -55,6 +58,7 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
             later: {"after": dg.DependencyDefinition(earlier, "done")}
             for earlier, later in zip(OPS, OPS[1:], strict=False)
         },
+        input_mappings=_waiting() if before_all else [],
         output_mappings=_mappings(specs),
     )
     tags = {
@@ -67,10 +71,11 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
     }
     return dg.AssetsDefinition.from_graph(
         graph,
+        keys_by_input_name=dict.fromkeys([WAITS_FOR], before_all) if before_all else {},
         keys_by_output_name=asset,
         # As people read it, down the graph; the ops' own order is what is executed.
         internal_asset_deps={
-            phase: {asset[before]} if before else set()
+            phase: {asset[before]} if before else {before_all} if before_all else set()
             for before, phase in zip(("", *keys.PHASES), keys.PHASES, strict=False)
         },
         can_subset=False,
@@ -80,6 +85,17 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
         owners_by_output_name={phase: [owner(experiment.owner)] for phase in keys.PHASES},
         tags_by_output_name=dict.fromkeys(keys.PHASES, tags),
     )
+
+
+def _verdict_before(pair: Pair) -> dg.AssetKey | None:
+    experiment, environment = pair
+    if experiment.depends_on is None:
+        return None
+    return dg.AssetKey(keys.asset_path(experiment.depends_on, environment.name, "verdict"))
+
+
+def _waiting() -> list[dg.InputMapping]:
+    return [dg.InputMapping(graph_input_name=WAITS_FOR, mapped_node_name=OPS[0], mapped_node_input_name=WAITS_FOR)]
 
 
 def _mappings(specs: Iterable[dg.AssetCheckSpec]) -> list[dg.OutputMapping]:

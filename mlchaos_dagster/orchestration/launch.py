@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,11 @@ def launch(
     verbose: bool = False,
     suite: str = "",
     platform: Platform | None = None,
+    skip: Callable[[Experiment], bool] = lambda experiment: False,
 ) -> Iterator[LaunchResult]:
     """One Dagster run per experiment, in order, in this process and its main thread.
+
+    `skip` is asked of each when its turn comes, so that what the earlier ones came to can decide; there is then no run.
 
     Once somebody said stop (a signal, a stop file, the lever, Dagster), whatever was going on, the rest does not
     start. Nothing is printed unless `verbose`, and nothing but `ConfigError` is raised.
@@ -87,6 +90,8 @@ def launch(
         stack.callback(_dispose, instance, verbose)
         pulled = platform.lever() is not None
         for experiment in experiments:
+            if skip(experiment):
+                continue
             begun = time.monotonic()
             run_id = str(uuid.uuid4())
             tags = {

@@ -25,6 +25,10 @@ RESULTS_IO = "results_io"
 OPS = ("check_guards", "measure_baseline", "run_fault_window", "judge", "report")
 
 
+WAITS_FOR = "waits_for"
+"""Input of the first op, and of the graph of an experiment that depends on another one."""
+
+
 def _asset_out(required: bool) -> dg.Out:
     return dg.Out(is_required=required, io_manager_key=RESULTS_IO)
 
@@ -46,12 +50,12 @@ def check_output(check: str) -> str:
 def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
     """The ops, by name; `pairs` maps graph names to what they run."""
 
-    def op(name: str, outs: dict[str, dg.Out], after: bool = True) -> Any:
+    def op(name: str, outs: dict[str, dg.Out], after: str = "after") -> Any:
         # Later ops first: in a run of several experiments each one is finished before the next one starts,
         # so that no baseline goes stale and no two windows overlap.
         return dg.op(
             name=name,
-            ins={"after": dg.In(dg.Nothing)} if after else {},
+            ins={after: dg.In(dg.Nothing)},
             out=outs,
             required_resource_keys={"sessions"},
             tags={"dagster/priority": str(OPS.index(name)), "kind": "mlchaos"},
@@ -68,7 +72,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
     @op(
         "check_guards",
         {"experiment": _asset_out(True), "done": _done()},
-        after=False,
+        after=WAITS_FOR,  # the verdict of another experiment; of most, nothing
     )
     def check_guards(context: dg.OpExecutionContext) -> Iterator[Any]:
         refuse_retry(context)
