@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 DRIVERS = {
     "sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver",
     "s3": "mlchaos_dagster.drivers.s3:S3Driver",
+    "gpu": "mlchaos_dagster.drivers.gpu:GpuDriver",
 }
 """Backend name → class. A class is built with the directory or address that its backend needs."""
 SANDBOX_SIGNALS = (
     "ready_replicas",
     "running_replicas",
     "restarts",
+    "oom_kills",
     "breaker_state",
     "in_rotation",
     "fallback_total",
@@ -119,7 +121,11 @@ def sandbox_config(environment: Environment) -> SandboxConfig:
     options = environment.sandbox
     assert options is not None
     try:
-        return SandboxConfig(replicas=options.replicas, mechanisms={str(k): v for k, v in options.mechanisms.items()})
+        return SandboxConfig(
+            replicas=options.replicas,
+            mechanisms={str(k): v for k, v in options.mechanisms.items()},
+            memory_limit_bytes=options.memory_limit,
+        )
     except SandboxConfigError as e:
         raise ConfigError(f"the sandbox of environment {environment.name}: {e}") from e
 

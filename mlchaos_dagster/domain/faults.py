@@ -326,12 +326,13 @@ FAULTS: dict[str, type[FaultBase]] = {
 }
 """Kind → class."""
 
-MOMENTARY = frozenset({"container_kill", "certificate_rotation", "credential_rotation"})
-"""Faults that are over when they fired, however long their window is; `pod_delete` without an interval is one, too."""
+MOMENTARY = frozenset({"bad_model", "container_kill", "certificate_rotation", "credential_rotation"})
+"""Acts, over when they fired, however long their window is and whatever the platform does about them meanwhile;
+`pod_delete` without an interval is one, too."""
 
 
 def is_held(kind: str, params: Mapping[str, Any]) -> bool:
-    """Whether the fault lasts as long as its window (else: a kill or a rotation, over when it fired)."""
+    """Whether the fault lasts as long as its window (else: an act, over when it fired)."""
     return kind not in MOMENTARY and not (kind == "pod_delete" and not params.get("interval_s"))
 
 
