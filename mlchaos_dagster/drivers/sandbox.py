@@ -25,6 +25,11 @@ from mlchaos_dagster.sandbox.identity import lives
 NAME = "sandbox"
 _NETWORK = frozenset(NETWORK_KINDS)
 _PODS = frozenset(POD_KINDS)
+_SLOW = ("network_latency", "s3_slow")
+_REFUSING = ("s3_unavailable", "database_unavailable")
+_THROTTLED = 503
+_TRIES = 20
+"""Requests until one is throttled; a fraction of 30 % is missed by all of them once in a thousand looks."""
 _SILENCE_S = 0.25
 """A link that says nothing for this long passes nothing; two orders above a healthy round trip (1–3 ms)."""
 _ALIVE_S = 1.0
@@ -177,7 +182,10 @@ class SandboxDriver:
                 said = f"{error}; alive: {_people(left)}"
                 raise DriverUnavailable(said, driver=NAME, verb="active", lease_id=lease.id) from error
             return Evidence(present=False, effective=False, lines=(_dead_line(lease, directory),))
-        trips = _round_trips(directory, lease.targets, _patience(lease)) if lease.kind in _NETWORK else {}
+        trips: dict[str, _Trip] = {}
+        if lease.kind in _NETWORK:
+            wanted = _THROTTLED if lease.kind == "s3_throttled" and mine else 0
+            trips = _round_trips(directory, lease.targets, _patience(lease), wanted)
         children = (api.read_state(directory) or {}).get("children", {})
         lines = [line for fault in mine for line in fault["evidence"]]
         lines += [_trip_line(link, trip) for link, trip in trips.items()]
@@ -227,31 +235,43 @@ class _Trip:
     """One request through a link."""
 
     seconds: float
-    answered: bool
+    """How long the request took; of several, the last."""
+    status: int | None
+    """What was answered; None: nothing."""
     exists: bool = True
+
+    @property
+    def answered(self) -> bool:
+        """A refusal that came through is an answer."""
+        return self.status is not None
 
 
 def _patience(lease: Lease) -> float:
     """How long to wait for an answer through a link with this fault."""
-    return min(1.0, lease.params.get("latency_s", 0.0) * 1.5 + 0.1) if lease.kind == "network_latency" else _SILENCE_S
+    return min(1.0, lease.params.get("latency_s", 0.0) * 1.5 + 0.1) if lease.kind in _SLOW else _SILENCE_S
 
 
-def _round_trips(directory: Path, links: tuple[str, ...], timeout_s: float) -> dict[str, _Trip]:
-    """One request through each link. All at once: a partition is waited out only once."""
+def _round_trips(directory: Path, links: tuple[str, ...], timeout_s: float, wanted: int = 0) -> dict[str, _Trip]:
+    """One request through each link, or a few until the `wanted` status comes back. All links at once: a partition is
+    waited out only once.
+    """
     client = api.SandboxClient(directory)
     known = (api.read_state(directory) or {}).get("link_ports", {})
 
     def measure(link: str) -> _Trip:
         if link not in known:
-            return _Trip(0.0, answered=False, exists=False)
-        began = time.perf_counter()
-        try:
-            answered = client.link_round_trip(link, timeout_s) is not None
-        except api.SandboxRefused:
-            answered = True  # a refusal came through, too
-        except api.SandboxUnavailable:  # it went between two looks
-            return _Trip(0.0, answered=False, exists=False)
-        return _Trip(time.perf_counter() - began, answered)
+            return _Trip(0.0, None, exists=False)
+        trip = _Trip(0.0, None)
+        for _ in range(_TRIES if wanted else 1):
+            began = time.perf_counter()
+            try:
+                status = client.link_status(link, timeout_s)
+            except api.SandboxUnavailable:  # it went between two looks
+                return _Trip(0.0, None, exists=False)
+            trip = _Trip(time.perf_counter() - began, status)
+            if status is None or status == wanted:
+                break
+        return trip
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(links, pool.map(measure, links), strict=True))
@@ -269,13 +289,17 @@ def _confirmed(lease: Lease, target: str, trip: _Trip | None, children: dict[str
         return lease.kind != "pod_failure" or not (target in children and _lives(children[target]))
     if trip is None or target not in lease.undo.get("links", {}):
         return False
-    # Silence is waited for; a broken connection is told at once and is another fault than ours.
+    # Silence is waited for; a refused or broken connection is told at once.
     silent = not trip.answered and trip.seconds >= 0.9 * _patience(lease)
-    if lease.kind == "network_latency":
+    if lease.kind in _SLOW:
         least_s = 0.9 * (lease.params["latency_s"] - lease.params.get("jitter_s", 0.0))
         return silent or (trip.answered and trip.seconds >= least_s)
     if lease.kind == "network_partition":
         return silent
+    if lease.kind in _REFUSING:
+        return not trip.answered and not silent
+    if lease.kind == "s3_throttled":
+        return trip.status == _THROTTLED
     return True  # loss: one request may get through; the proxy's count of lost chunks is the evidence
 
 
@@ -286,7 +310,7 @@ def _lives(process: dict[str, Any]) -> bool:
 def _trip_line(link: str, trip: _Trip) -> str:
     if not trip.exists:
         return f"there is no link {link}: no fault can be there"
-    said = f"answers in {trip.seconds * 1000:.1f} ms" if trip.answered else "does not answer"
+    said = f"answers {trip.status} in {trip.seconds * 1000:.1f} ms" if trip.answered else "does not answer"
     return f"{link} {said} (GET /healthz through the link)"
 
 

@@ -106,15 +106,24 @@ class SandboxClient:
 
     def link_round_trip(self, link: str, timeout_s: float = 1.0) -> float | None:
         """Seconds that GET /healthz takes through the link's proxy; None when nothing came back in time."""
+        began = time.perf_counter()
+        return None if self.link_status(link, timeout_s) is None else time.perf_counter() - began
+
+    def link_status(self, link: str, timeout_s: float = 1.0) -> int | None:
+        """HTTP status of GET /healthz through the link's proxy, whatever it is; None when nothing came back in time."""
         port = self._state().get("link_ports", {}).get(link)
         if port is None:
             raise SandboxUnavailable(f"no link {link!r}")
-        began = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
         try:
-            _request(f"http://127.0.0.1:{port}", "GET", "/healthz", None, {}, timeout_s)
-        except SandboxUnavailable:
+            connection.request("GET", "/healthz")
+            response = connection.getresponse()
+            response.read()
+            return response.status
+        except (OSError, http.client.HTTPException):
             return None
-        return time.perf_counter() - began
+        finally:
+            connection.close()
 
     def _state(self) -> dict[str, Any]:
         state = read_state(self.directory)

@@ -377,7 +377,7 @@ class FaultBook:
 
 def _rule_line(rule: dict[str, Any]) -> str:
     done = ", ".join(f"{what} {count}" for what, count in rule["counters"].items() if count)
-    return f"proxy {rule['link']}: {rule['kind']} in force; chunks: {done or 'none touched yet'}"
+    return f"proxy {rule['link']}: {rule['kind']} in force; {done or 'nothing was touched yet'}"
 
 
 def _same_process_lives(slot: Slot | None, pid: int) -> bool:

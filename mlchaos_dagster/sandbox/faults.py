@@ -11,10 +11,23 @@ from typing import Any, Protocol
 
 MAX_DEADLINE_S = 86_400.0
 POD_KINDS = ("pod_delete", "pod_failure", "container_kill")
-NETWORK_KINDS = ("network_latency", "network_loss", "network_partition")
+S3_KINDS = ("s3_unavailable", "s3_slow", "s3_throttled")
+"""Only on links to an object store."""
+NETWORK_KINDS = ("network_latency", "network_loss", "network_partition", "database_unavailable", *S3_KINDS)
+"""Rules of the proxy that a link runs through."""
 
-_REQUIRED = {"network_latency": ("latency_ms",), "network_loss": ("fraction",)}
-_OPTIONAL = {"pod_delete": ("interval_s", "signal"), "pod_failure": ("signal",), "network_latency": ("jitter_ms",)}
+_REQUIRED = {
+    "network_latency": ("latency_ms",),
+    "network_loss": ("fraction",),
+    "s3_slow": ("latency_ms",),
+    "s3_throttled": ("fraction",),
+}
+_OPTIONAL = {
+    "pod_delete": ("interval_s", "signal"),
+    "pod_failure": ("signal",),
+    "network_latency": ("jitter_ms",),
+    "s3_slow": ("jitter_ms",),
+}
 _RANGES = {
     "latency_ms": (0.0, 60_000.0),
     "jitter_ms": (0.0, 60_000.0),
@@ -117,9 +130,11 @@ def parse(
     if kind not in known:
         raise Refused(400, f"unknown kind {kind!r}; allowed: {', '.join(known)}")
     other = others[kind]() if kind in others else None
+    if kind in S3_KINDS:
+        links = [name for name in links if name.endswith("->object-store")]
     allowed = sorted(other.targets() if other else links if kind in NETWORK_KINDS else processes)
     if target not in allowed:
-        raise Refused(400, f"{kind} has no target {target!r}; allowed: {', '.join(allowed)}")
+        raise Refused(400, f"{kind} has no target {target!r}; allowed: {', '.join(allowed) or 'none'}")
     deadline_s = _number("deadline_s", body["deadline_s"], 0.0, MAX_DEADLINE_S)
     given = body.get("params") or {}
     if not isinstance(given, Mapping):
@@ -145,7 +160,7 @@ def _params(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             params[name] = value
         else:
             params[name] = _number(name, value, *_RANGES[name])
-    if kind == "network_latency":
+    if "latency_ms" in params:
         params.setdefault("jitter_ms", 0.0)
         if params["jitter_ms"] > params["latency_ms"]:
             raise Refused(400, "jitter_ms must not be more than latency_ms")

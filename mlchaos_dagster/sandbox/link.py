@@ -9,6 +9,11 @@ What a rule means here, where there are byte streams and no packets:
   same chunk; after the fourth loss in a row the connection is reset. All that follows waits behind it (head of line).
 - **partition**: no byte passes, on old and on new connections (they are accepted by the kernel, then hear nothing).
   When the partition ends, every connection that lost bytes or never reached its upstream is reset.
+- **refusal** (``s3_unavailable``, ``database_unavailable``): what a stopped server does. Connections that are open are
+  reset when the rule comes, new ones as soon as they are made.
+- **slow** (``s3_slow``): as latency.
+- **throttling** (``s3_throttled``): a ``fraction`` of the HTTP requests is answered ``503 Slow Down`` here and never
+  reaches the upstream, on kept connections, too; only on links to an object store.
 
 Rules act on connections that were open before. When the last delaying rule goes, delayed bytes are passed on at once.
 """
@@ -21,45 +26,13 @@ import socket
 import struct
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+
+from .http_framing import Requests, slow_down
+from .rule import REFUSING, SLOW, Rule
 
 _RTO_S = 0.2
 _MAX_LOSSES = 4
 _QUEUE_BYTES = 4 * 1024 * 1024
-
-
-@dataclass
-class Rule:
-    """One lease's fault on one link; times are seconds of the shared monotonic clock."""
-
-    lease_id: str
-    token: int
-    link: str
-    kind: str
-    params: dict[str, float]
-    deadline: float
-    counters: dict[str, int] = field(default_factory=lambda: {"delayed": 0, "lost": 0, "dropped": 0, "resets": 0})
-    first_effect: float | None = None
-
-    def count(self, what: str) -> None:
-        """Count a chunk (or connection) this rule has touched."""
-        self.counters[what] += 1
-        if self.first_effect is None:
-            self.first_effect = time.monotonic()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The live rule as JSON."""
-        return {
-            "lease_id": self.lease_id,
-            "token": self.token,
-            "link": self.link,
-            "kind": self.kind,
-            "params": self.params,
-            "remaining_s": round(max(0.0, self.deadline - time.monotonic()), 3),
-            "counters": dict(self.counters),
-            "first_effect": self.first_effect,
-        }
 
 
 class Link:
@@ -80,11 +53,37 @@ class Link:
         """The rule that stops all traffic, if there is one."""
         return next((rule for rule in self.rules if rule.kind == "network_partition"), None)
 
+    @property
+    def refusal(self) -> Rule | None:
+        """The rule that refuses connections, if there is one."""
+        return next((rule for rule in self.rules if rule.kind in REFUSING), None)
+
+    @property
+    def carries_http_to_a_store(self) -> bool:
+        """Requests can be told apart here."""
+        return self.name.endswith("->object-store")
+
+    def throttled(self) -> bool:
+        """Whether the next request is answered here instead of by the upstream."""
+        for rule in self.rules:
+            if rule.kind == "s3_throttled" and self.rng.random() < rule.params["fraction"]:
+                rule.count("throttled")
+                return True
+        return False
+
+    def added(self, rule: Rule) -> None:
+        """Let the connections act on a rule that has come."""
+        self.rules.append(rule)
+        if rule.kind in REFUSING:
+            for connection in list(self.connections):
+                rule.count("resets")
+                connection.abort()
+
     def delay(self) -> float | None:
         """Seconds the next chunk has to wait (0 = none), None when its connection is to be reset instead."""
         total = 0.0
         for rule in self.rules:
-            if rule.kind == "network_latency":
+            if rule.kind in SLOW:
                 half, spread = rule.params["latency_ms"] / 2000, rule.params["jitter_ms"] / 2000
                 total += max(0.0, half + self.rng.uniform(-spread, spread))
                 rule.count("delayed")
@@ -105,7 +104,7 @@ class Link:
             for connection in list(self.connections):
                 if connection.blackholed:
                     connection.abort()
-        if not any(rule.kind in ("network_latency", "network_loss") for rule in self.rules):
+        if not any(rule.kind in (*SLOW, "network_loss") for rule in self.rules):
             for connection in list(self.connections):
                 connection.to_upstream.flush()
                 connection.to_client.flush()
@@ -228,12 +227,20 @@ class Connection:
         self.to_client = Pipe(self)
         self._ends = 0
         self._upstream_lost = False
+        self._requests = Requests() if link.carries_http_to_a_store else None
+        self._swallowing = ""
+        """The method of a request that is answered here, while its bytes are still coming in."""
+        self._finished = False
         link.connections.add(self)
         link.connections_total += 1
 
     def open(self, client: asyncio.Transport) -> None:
         """The client is there: connect to the upstream, unless a partition keeps them apart."""
         self.to_upstream.source = self.to_client.sink = client
+        if (refusal := self.link.refusal) is not None:
+            refusal.count("refused")
+            self.abort()
+            return
         rule = self.link.partition
         if rule is not None:
             rule.count("dropped")
@@ -271,7 +278,37 @@ class Connection:
             if chunk is None and from_client:
                 self.abort()  # the client gave up; keeping its socket would only fill our table
             return
-        (self.to_upstream if from_client else self.to_client).put(chunk)
+        if not from_client:
+            self.to_client.put(chunk)
+        elif self._requests is None:
+            self.to_upstream.put(chunk)
+        else:
+            self._request_bytes(self._requests, chunk)
+
+    def _request_bytes(self, requests: Requests, chunk: bytes | None) -> None:
+        """Pass on the requests in a client's chunk but those that are throttled."""
+        passed = bytearray()
+        for piece in requests.feed(chunk or b""):
+            if self._finished:
+                continue
+            if piece.head and self.link.throttled():
+                self._swallowing = piece.method
+            if not self._swallowing:
+                passed += piece.content
+            elif piece.last or piece.expects_continue:
+                # Who asked whether to send its body gets its answer now; whether the body follows all the same cannot be
+                # known, and so this connection has seen its last request.
+                self._finished = piece.expects_continue and not piece.last
+                self.to_client.put(slow_down(self._swallowing, close=self._finished))
+                self._swallowing = ""
+                if self._finished:
+                    self.to_client.put(None)
+        if chunk is None and not self._swallowing and not self._finished:
+            passed += requests.rest()
+        if passed:
+            self.to_upstream.put(bytes(passed))
+        if chunk is None:
+            self.to_upstream.put(None)
 
     def lost(self, from_client: bool) -> None:
         """One side's connection is gone; a partition keeps that from the client."""

@@ -17,7 +17,8 @@ from aiohttp import web
 from prometheus_client import Gauge
 
 from .lifeline import Lifeline, listen
-from .link import Link, Rule, client_side
+from .link import Link, client_side
+from .rule import Rule
 from .service import Service
 
 
@@ -76,7 +77,7 @@ class Proxy:
             if (rule.lease_id, rule.kind) == (lease, kind):
                 return web.json_response(rule.to_dict())
         rule = Rule(lease, asked["token"], name, kind, asked["params"], asked["deadline"])
-        link.rules.append(rule)
+        link.added(rule)
         self._rules.labels(name, kind).inc()
         asyncio.get_running_loop().call_later(remaining, self._expire, link, rule)
         return web.json_response(rule.to_dict())

@@ -114,3 +114,24 @@ def platform(shared: Platform) -> Iterator[Platform]:
     yield shared
     for fault in shared.client.faults():
         shared.client.remove_fault(fault["lease_id"])
+
+
+@pytest.fixture(scope="session")
+def training_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A second sandbox, with object store and trainers: the shared one is to stay as small as its tests expect it."""
+    directory = tmp_path_factory.getbasetemp() / "training-sandbox"
+    try:
+        up(directory, SandboxConfig(replicas=1, backoff_max_s=0.3), parts=["storage"])
+        yield Platform(directory)
+    finally:
+        evidence = down(directory)
+    assert evidence["clean"], evidence
+
+
+@pytest.fixture
+def training(training_sandbox: Platform) -> Iterator[Platform]:
+    """The sandbox with object store and trainers, whole before the test and without faults after it."""
+    training_sandbox.wait_ready()
+    yield training_sandbox
+    for fault in training_sandbox.client.faults():
+        training_sandbox.client.remove_fault(fault["lease_id"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlchaos_dagster.sandbox import training_data
-from mlchaos_dagster.sandbox.api import read_state, up
+from mlchaos_dagster.sandbox.api import read_state
 from mlchaos_dagster.sandbox.s3 import S3, S3Error, S3Unavailable
 from mlchaos_dagster.sandbox.sigv4 import credentials, refusal, sign
 
@@ -20,28 +20,14 @@ from .conftest import Platform, eventually
 
 pytestmark = pytest.mark.timeout(60)
 
-LINK = "trainer->object-store"
-
-
-@pytest.fixture(scope="module")
-def storage(shared: Platform) -> Iterator[Platform]:
-    up(shared.directory, parts=["storage"])
-    yield shared
-
 
 @pytest.fixture
-def store(storage: Platform) -> Platform:
-    storage.wait_ready()
-    return storage
-
-
-@pytest.fixture
-def connect(store: Platform) -> Iterator[Callable[..., Any]]:
+def connect(training: Platform) -> Iterator[Callable[..., Any]]:
     """boto3 clients with the credentials of the state file; closed at the end, since nobody else does it."""
     made: list[Any] = []
 
     def new(**changed: str) -> Any:
-        made.append(client(store, **changed))
+        made.append(client(training, **changed))
         return made[-1]
 
     yield new
@@ -49,16 +35,21 @@ def connect(store: Platform) -> Iterator[Callable[..., Any]]:
         one.close()
 
 
-def client(store: Platform, **changed: str) -> Any:
+def told(training: Platform) -> dict[str, str]:
+    """What the state file tells of the store."""
+    return (read_state(training.directory) or {})["object_store"]
+
+
+def client(training: Platform, **changed: str) -> Any:
     import boto3
     from botocore.config import Config
 
-    told = (read_state(store.directory) or {})["object_store"] | changed
+    keys = told(training) | changed
     return boto3.client(
         "s3",
-        endpoint_url=told["url"],
-        aws_access_key_id=told["access_key"],
-        aws_secret_access_key=told["secret_key"],
+        endpoint_url=keys["url"],
+        aws_access_key_id=keys["access_key"],
+        aws_secret_access_key=keys["secret_key"],
         region_name="us-east-1",
         config=Config(retries={"total_max_attempts": 1}),
     )
@@ -72,10 +63,10 @@ def test_the_buckets_are_versioned_and_the_manifest_is_true_of_every_shard(conne
     s3 = connect()
     for bucket in ("training-data", "checkpoints", "models"):
         assert s3.get_bucket_versioning(Bucket=bucket)["Status"] == "Enabled"
-    told = json.loads(s3.get_object(Bucket="training-data", Key="manifest.json")["Body"].read())["shards"]
+    shards = json.loads(s3.get_object(Bucket="training-data", Key="manifest.json")["Body"].read())["shards"]
     keys = [one["Key"] for one in s3.list_objects_v2(Bucket="training-data", Prefix="shards/")["Contents"]]
-    assert sorted(one["key"] for one in told) == keys and len(keys) == training_data.SHARDS
-    for one in told:
+    assert sorted(one["key"] for one in shards) == keys and len(keys) == training_data.SHARDS
+    for one in shards:
         body = s3.get_object(Bucket="training-data", Key=one["key"])["Body"].read()
         assert (len(body), hashlib.sha256(body).hexdigest()) == (one["bytes"], one["sha256"])
 
@@ -97,7 +88,7 @@ def test_content_comes_back_byte_for_byte_whatever_the_key_and_the_form_of_the_u
     assert s3.get_object(Bucket="checkpoints", Key="big")["Body"].read() == big
 
 
-def test_only_the_holder_of_the_keys_is_let_in(store: Platform, connect: Callable[..., Any]) -> None:
+def test_only_the_holder_of_the_keys_is_let_in(training: Platform, connect: Callable[..., Any]) -> None:
     from botocore.exceptions import ClientError
 
     with pytest.raises(ClientError) as error:
@@ -106,21 +97,21 @@ def test_only_the_holder_of_the_keys_is_let_in(store: Platform, connect: Callabl
     with pytest.raises(ClientError) as error:
         connect(secret_key="guessed").list_buckets()
     assert code(error) == "SignatureDoesNotMatch"
-    anonymous = S3(lambda: (read_state(store.directory) or {})["object_store"]["url"], "another token", tries=1)
+    anonymous = S3(lambda: told(training)["url"], "another token", tries=1)
     with pytest.raises(S3Error, match="InvalidAccessKeyId"):
         anonymous.get("training-data", "manifest.json")
     anonymous.close()
 
 
 def test_a_store_that_died_comes_back_with_what_was_seeded_and_nothing_else(
-    store: Platform, connect: Callable[..., Any]
+    training: Platform, connect: Callable[..., Any]
 ) -> None:
     from botocore.exceptions import ClientError
 
     connect().put_object(Bucket="models", Key="ours", Body=b"x")
-    os.kill(store.process("object-store")["pid"], signal.SIGKILL)
-    eventually(lambda: not store.process("object-store")["ready"], 5)
-    store.wait_ready()
+    os.kill(training.process("object-store")["pid"], signal.SIGKILL)
+    eventually(lambda: not training.process("object-store")["ready"], 5)
+    training.wait_ready()
     with pytest.raises(ClientError) as error:
         connect().get_object(Bucket="models", Key="ours")
     assert code(error) == "NoSuchKey"
