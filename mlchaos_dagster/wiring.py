@@ -30,6 +30,7 @@ DRIVERS = {
     "sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver",
     "s3": "mlchaos_dagster.drivers.s3:S3Driver",
     "gpu": "mlchaos_dagster.drivers.gpu:GpuDriver",
+    "features": "mlchaos_dagster.drivers.features:FeaturesDriver",
 }
 """Backend name → class. A class is built with the directory or address that its backend needs."""
 SANDBOX_SIGNALS = (
