@@ -17,7 +17,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,10 @@ class S3Driver:
                 notes.begin()
                 try:
                     step(0, len(objects))
-                    conditional = self._conditional(client, lease, objects[0], how, halves)
+                    first = objects[0]
+                    conditional = s3_objects.knows_if_match(
+                        client, bucket, first, lease.id, how, partner=halves.get(first.key)
+                    )
                     in_parallel(one, objects, len(objects), step)
                 except s3_client.client_errors()[1]:
                     unanswered.append("")
@@ -244,12 +247,6 @@ class S3Driver:
             return s3_client.place_of(target.s3, self.directory)
         except DriverError as e:
             raise type(e)(str(e), driver=NAME, verb=verb) from e
-
-    @staticmethod
-    def _conditional(client: Any, lease: Lease, first: Original, how: str, halves: Mapping[str, Original]) -> bool:
-        bucket = lease.undo["place"]["bucket"]
-        with s3_objects.damaged_copy(client, bucket, first, lease.id, how, partner=halves.get(first.key)) as body:
-            return body is None or s3_objects.knows_if_match(client, bucket, first, lease.id, body)
 
     @staticmethod
     def _restore(client: Any, bucket: str, lease: Lease, objects: Sequence[Original], notes: Notes, step: Step) -> None:

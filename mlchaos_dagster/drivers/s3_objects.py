@@ -42,6 +42,7 @@ _KEPT = (
 )  # fmt: skip
 _WRONG_PROBE = '"00000000000000000000000000000000"'
 _ANOTHER = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+_UNKNOWN = frozenset({"NotImplemented", "501"})
 _ABSENT = frozenset({"NoSuchKey", "NoSuchVersion", "NoSuchBucket", "404", "MethodNotAllowed", "405"})
 """405: what is current is a delete marker."""
 
@@ -137,37 +138,26 @@ def record(client: Any, bucket: str, key: str, *, versioned: bool, backup: Path 
 # ---- the fault
 
 
-def knows_if_match(client: Any, bucket: str, original: Original, lease_id: str, body: IO[bytes]) -> bool:
-    """Whether the store honours `If-Match` on writes, asked by writing `body` over the object under a wrong ETag.
-
-    A store that does not honour it has then written what was to be written there anyway; so ask only with a body and an
-    object of the fault.
-    """
-    current = _unchanged(client, bucket, original)
-    if current is None:
-        return True
-    try:
-        _put(client, bucket, original.key, body, _marked(current, lease_id), if_match=_WRONG_PROBE)
-    except client_errors()[0] as e:
-        if code_of(e) in _ANOTHER:
-            return True
-        if code_of(e) in ("NotImplemented", "501"):
-            return False
-        raise
-    return False
-
-
 def overwrite(
-    client: Any, bucket: str, original: Original, lease_id: str, body: IO[bytes], *, conditional: bool = True
+    client: Any,
+    bucket: str,
+    original: Original,
+    lease_id: str,
+    body: IO[bytes],
+    *,
+    conditional: bool = True,
+    current: dict[str, Any] | None = None,
 ) -> bool:
     """Write `body` (seekable) over the object, marked with the lease, its other metadata kept.
 
-    Not `conditional`, for stores that do not know `If-Match`: then only the look just before protects others.
+    Not `conditional`, for stores that do not know `If-Match`: then only the look just before protects others. `current`
+    saves that look where `If-Match` protects: the reply to a read of the object, made by the caller.
 
     Returns:
         False when the object is neither the recorded one nor ours already: nothing was written.
     """
-    current = _unchanged(client, bucket, original)
+    if current is None or not conditional:
+        current = _unchanged(client, bucket, original)
     if current is None:
         return look(client, bucket, original, lease_id).state == "ours"
     headers = _marked(current, lease_id)
@@ -193,43 +183,64 @@ def damage(
 ) -> bool:
     """Overwrite the object with a damaged copy of itself; for `swap` with the content of `partner`.
 
-    Memory is bounded whatever the size; large copies go through a temporary file.
-
-    Returns:
-        False when the object is no longer the recorded one: nothing was written.
+    Memory is bounded whatever the size; large copies go through a temporary file. See `overwrite`.
     """
-    with damaged_copy(client, bucket, original, lease_id, how, partner=partner) as body:
-        return body is not None and overwrite(client, bucket, original, lease_id, body, conditional=conditional)
+    with _damaged_copy(client, bucket, original, lease_id, how, partner) as (current, body):
+        if current is None:
+            return look(client, bucket, original, lease_id).state == "ours"
+        return overwrite(client, bucket, original, lease_id, body, conditional=conditional, current=current)
+
+
+def knows_if_match(
+    client: Any, bucket: str, original: Original, lease_id: str, how: str, *, partner: Original | None = None
+) -> bool:
+    """Whether the store honours `If-Match` on writes, asked by damaging the object under a wrong ETag.
+
+    A store that does not honour it has then written what was to be written there anyway: ask with an object of the fault.
+    """
+    with _damaged_copy(client, bucket, original, lease_id, how, partner) as (current, body):
+        if current is None:
+            return True
+        try:
+            _put(client, bucket, original.key, body, _marked(current, lease_id), if_match=_WRONG_PROBE)
+        except client_errors()[0] as e:
+            if code_of(e) in _ANOTHER:
+                return True
+            if code_of(e) not in _UNKNOWN:
+                raise
+    return False
 
 
 @contextlib.contextmanager
-def damaged_copy(
-    client: Any, bucket: str, original: Original, lease_id: str, how: str, *, partner: Original | None = None
-) -> Generator[IO[bytes] | None, None, None]:
-    """The damaged content as a file; None when what should be copied is no longer what was recorded."""
+def _damaged_copy(
+    client: Any, bucket: str, original: Original, lease_id: str, how: str, partner: Original | None
+) -> Generator[tuple[dict[str, Any] | None, IO[bytes]], None, None]:
+    """(reply to a read of the object, damaged content); (None, nothing) when something is no longer what was recorded."""
     source = partner or original
-    size = source.size
-    with tempfile.TemporaryFile() if size > _IN_MEMORY else io.BytesIO() as file:
+    with tempfile.TemporaryFile() if source.size > _IN_MEMORY else io.BytesIO() as file:
+        current = None
         try:
-            with _content(client, bucket, source) as chunks:
-                for chunk in damaged(chunks, size, how, f"{lease_id}:{original.key}"):
-                    file.write(chunk)
+            with _content(client, bucket, source, current=partner is None) as (reply, chunks):
+                current = reply if partner is None and reply is not None else _unchanged(client, bucket, original)
+                if current is not None and not _is_recorded(current, original):
+                    current = None
+                if current is not None:
+                    for chunk in damaged(chunks, source.size, how, f"{lease_id}:{original.key}"):
+                        file.write(chunk)
         except client_errors()[0] as e:
             if code_of(e) not in _ANOTHER | _ABSENT:
                 raise
-            yield None
-            return
-        file.seek(0)
-        yield file
+            current = None
+        yield current, file
 
 
 # ---- back
 
 
 def restore(client: Any, bucket: str, original: Original, lease_id: str) -> int:
-    """Take away every version of ours; without versions, put the backup back over what is still ours.
+    """Take away what is there of ours now; without versions, put the backup back over what is still ours.
 
-    Idempotent. What others wrote stays: above ours, it stays current.
+    Idempotent. What others wrote stays: above ours, it stays current. Look afterwards: see `restored`.
 
     Returns:
         How many versions of ours were there.
@@ -237,45 +248,48 @@ def restore(client: Any, bucket: str, original: Original, lease_id: str) -> int:
     Raises:
         DriverError: the backup is gone or damaged, so the content cannot be put back.
     """
-    removed = 0
-    for _ in range(10):  # a request that was sent twice may have been written twice
-        found = look(client, bucket, original, lease_id)
+    found = look(client, bucket, original, lease_id)
+    if not found.present:
+        return 0
+    if not original.version:
+        return _put_back(client, bucket, original, lease_id)
+    mine = (found.version,) if found.state == "ours" else found.below
+    for version in mine:
+        client.delete_object(Bucket=bucket, Key=original.key, VersionId=version)
+    return len(mine)
+
+
+def restored(client: Any, bucket: str, original: Original, lease_id: str) -> Look:
+    """`restore` until a read of the object shows nothing of ours; that read. A request sent twice is written twice.
+
+    Clean is what is not `present` and, where it is the `same`, has the SHA-256 of the original.
+    """
+    for _ in range(10):
+        restore(client, bucket, original, lease_id)
+        found = look(client, bucket, original, lease_id, read=True)
         if not found.present:
-            break
-        if original.version:
-            for version in (found.version,) if found.state == "ours" else found.below:
-                client.delete_object(Bucket=bucket, Key=original.key, VersionId=version)
-                removed += 1
-        else:
-            removed += _put_back(client, bucket, original, lease_id)
-    return removed
+            return found
+    raise DriverError(f"{original.key} is damaged again and again")
 
 
 def look(client: Any, bucket: str, original: Original, lease_id: str, *, read: bool = False) -> Look:
     """What is at the key now, by metadata, version id and ETag; with `read` also by the SHA-256 of the content.
 
-    Where something else than the recorded version is current, the versions above the recorded one are looked through:
-    ours may be below somebody else's.
+    Where something else than the recorded version is current, the versions that are not older are looked through: ours may
+    be below somebody else's.
     """
-    head = _head(client, bucket, original.key)
-    if head is None:
-        return Look("gone", below=_below(client, bucket, original, lease_id))
-    ours, version = _is_ours(head, lease_id), str(head.get("VersionId") or "null")
+    current = _head(client, bucket, original.key) if not read else None
     sha256 = ""
-    if read or not (ours or original.version or head["ETag"] == original.etag):
-        # Without versions, an object put back from its backup may have another ETag than one uploaded in parts.
-        sha256 = _sha256(client, bucket, original.key, head)
-    if ours:
+    if read or (current is not None and _may_be_put_back(current, original, lease_id)):
+        current, sha256 = _read(client, bucket, original.key)
+    if current is None:
+        return Look("gone", below=_below(client, bucket, original, lease_id))
+    version = str(current.get("VersionId") or "null")
+    if _is_ours(current, lease_id):
         return Look("ours", sha256, version)
-    if original.version:
-        same = version == original.version
-    else:
-        same = sha256 == original.sha256 if sha256 else head["ETag"] == original.etag
-    return (
-        Look("same", sha256, version)
-        if same
-        else Look("theirs", sha256, version, _below(client, bucket, original, lease_id))
-    )
+    if _is_recorded(current, original) or (not original.version and sha256 == original.sha256):
+        return Look("same", sha256, version)
+    return Look("theirs", sha256, version, _below(client, bucket, original, lease_id))
 
 
 # ---- inside
@@ -297,10 +311,17 @@ def _is_ours(head: dict[str, Any], lease_id: str) -> bool:
 def _unchanged(client: Any, bucket: str, original: Original) -> dict[str, Any] | None:
     """The reply to HEAD while the object is the recorded one."""
     head = _head(client, bucket, original.key)
-    if head is None or head["ETag"] != original.etag:
-        return None
-    same = not original.version or (head.get("VersionId") or "null") == original.version
-    return head if same else None
+    return head if head is not None and _is_recorded(head, original) else None
+
+
+def _is_recorded(reply: dict[str, Any], original: Original) -> bool:
+    same = not original.version or str(reply.get("VersionId") or "null") == original.version
+    return same and reply["ETag"] == original.etag
+
+
+def _may_be_put_back(head: dict[str, Any], original: Original, lease_id: str) -> bool:
+    """An object put back from its backup may have another ETag than one uploaded in parts: only its content tells."""
+    return not (original.version or _is_ours(head, lease_id) or head["ETag"] == original.etag)
 
 
 def _marked(head: dict[str, Any], lease_id: str) -> dict[str, Any]:
@@ -317,32 +338,30 @@ def _put(
 
 
 @contextlib.contextmanager
-def _content(client: Any, bucket: str, original: Original) -> Generator[Iterator[bytes], None, None]:
-    """The recorded content: from the backup, or the recorded version."""
+def _content(
+    client: Any, bucket: str, original: Original, *, current: bool
+) -> Generator[tuple[dict[str, Any] | None, Iterator[bytes]], None, None]:
+    """(reply or None, content): from the backup, else the recorded version, or (`current`) what is current."""
     if original.backup:
         with open(original.backup, "rb") as file:
-            yield iter(lambda: file.read(_CHUNK), b"")
+            yield None, iter(lambda: file.read(_CHUNK), b"")
         return
-    version = {"VersionId": original.version} if original.version else {}
+    version = {"VersionId": original.version} if original.version and not current else {}
     reply = client.get_object(Bucket=bucket, Key=original.key, IfMatch=original.etag, **version)
     with contextlib.closing(reply["Body"]) as body:
-        yield body.iter_chunks(_CHUNK)
+        yield reply, body.iter_chunks(_CHUNK)
 
 
-def _sha256(client: Any, bucket: str, key: str, head: dict[str, Any]) -> str:
-    """Of the content that `head` spoke of; of the current one where there are no versions."""
-    version = {"VersionId": head["VersionId"]} if head.get("VersionId") else {}
+def _read(client: Any, bucket: str, key: str) -> tuple[dict[str, Any] | None, str]:
+    """What is current, and the SHA-256 of its content."""
     try:
-        reply = client.get_object(Bucket=bucket, Key=key, **version)
+        reply = client.get_object(Bucket=bucket, Key=key)
     except client_errors()[0] as e:
         if code_of(e) in _ABSENT:
-            return ""
+            return None, ""
         raise
-    digest = hashlib.sha256()
     with contextlib.closing(reply["Body"]) as body:
-        for chunk in body.iter_chunks(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return reply, _digest(body.iter_chunks(_CHUNK))
 
 
 def _below(client: Any, bucket: str, original: Original, lease_id: str) -> tuple[str, ...]:
@@ -383,13 +402,13 @@ def _put_back(client: Any, bucket: str, original: Original, lease_id: str) -> in
                 return 0
             headers = dict(original.headers)
             if tags := headers.pop("Tags", None):
-                headers["Tagging"] = urlencode(tags)
+                headers["Tagging"] = urlencode([(name, value) for name, value in tags])
             try:
                 _put(client, bucket, original.key, file, headers, if_match=head["ETag"])
             except client_errors()[0] as e:
                 if code_of(e) in _ANOTHER | _ABSENT:
                     return 0
-                if code_of(e) not in ("NotImplemented", "501"):
+                if code_of(e) not in _UNKNOWN:
                     raise
                 _put(client, bucket, original.key, file, headers)
     except OSError as e:
