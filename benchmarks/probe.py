@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 from mlchaos_dagster.probes.http import HttpProbe, HttpProbeConfig
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+BODY = b'{"entity_id": 417, "score": 0.7312045516221, "model": "3fa29c1b77e0", "replica": "inference-2"}'
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 TIMEOUT_S = 2.0
 WORKERS = 16
 
@@ -63,9 +64,9 @@ def _summary(late: list[float], failed: int, seconds: float, cpu_s: float) -> Ru
     return Run((len(late) - failed) / seconds, failed, 100 * cpu_s / seconds, at[0], at[1])
 
 
-def with_probe(url: str, rate: float, seconds: float) -> Run:
+def with_probe(url: str, rate: float, seconds: float, value: str = "") -> Run:
     """The project's probe, drained every 50 ms as the watch loop does."""
-    with HttpProbe(HttpProbeConfig(url, rate_per_s=rate, timeout_s=TIMEOUT_S)) as probe:
+    with HttpProbe(HttpProbeConfig(url, rate_per_s=rate, timeout_s=TIMEOUT_S, value=value)) as probe:
         cpu = time.process_time()
         probe.start(time.monotonic())
         end = time.monotonic() + seconds
@@ -166,6 +167,7 @@ def with_threads(url: str, rate: float, seconds: float) -> Run:
 
 CLIENTS: dict[str, Callable[[str, float, float], Run]] = {
     "probe": with_probe,
+    "probe reading a number": lambda *a: with_probe(*a, value="score"),
     "http.client threads": with_threads,
     "aiohttp": lambda *a: asyncio.run(_aiohttp(*a)),
     "httpx async": lambda *a: asyncio.run(_httpx(*a)),

@@ -39,6 +39,8 @@ WRONG = [
     ("sli: error_rate, above: 5%", "sli: error_rate, below: 5%", "f.yaml:17:34  abort[0].below: error_rate below a limit is what is wished for: it would abort every healthy run. Allowed: above."),
     ("sli: error_rate, above: 5%", "sli: availability, above: 0%", "f.yaml:17:36  abort[0].above: availability above a limit is what is wished for: it would abort every healthy run. Allowed: below."),
     ("sli: error_rate, above: 5%", "sli: fallback_rate, below: 5%", "f.yaml:17:37  abort[0].below: fallback_rate below a limit"),
+    ("sli: error_rate, above: 5%", "sli: golden_error_rate, below: 5%", "f.yaml:17:41  abort[0].below: golden_error_rate below a limit"),
+    ("at_least: 99%", "at_least: 99%}\n  - {sli: prediction_psi, below: 20%", "f.yaml:13:34  steady_state[1].below: prediction_psi is a plain number, not a percentage."),
     ("fraction: 30%", "count: 4", "f.yaml:9:23  blast_radius.count: 4 is more than exists in environment sandbox. Allowed: 1 to 3."),
 ]  # fmt: skip
 
@@ -57,6 +59,20 @@ def test_a_fault_without_a_backend_and_a_radius_above_the_limit(sandbox: Environ
         "f.yaml:8:15  fault.kind: no backend of environment sandbox serves pod_failure. Allowed: pod_delete."
     )
     assert radius.startswith("f.yaml:9:26  blast_radius.fraction: 30 % is above limits.max_fraction")
+
+
+@pytest.mark.req("RX-03")
+def test_an_objective_on_answered_numbers_needs_a_probe_that_reads_them(sandbox: Environment) -> None:
+    text = GOOD.replace("{sli: availability, at_least: 99%}", "{sli: golden_error_rate, at_most: 0.5%}")
+    assert check_experiment(parse_any(text).value, sandbox) == []
+    target = sandbox.targets["prediction-service"]
+    blind = target.model_copy(update={"probe": sandbox.probe.model_copy(update={"value": None})})
+    other = sandbox.model_copy(update={"targets": {**sandbox.targets, "prediction-service": blind}})
+    (line,) = problems(text, other)
+    assert line.startswith(
+        "f.yaml:12:11  steady_state[0].sli: golden_error_rate is measured on the number in the answer, and "
+        "targets.prediction-service.probe.value of environment sandbox does not say where that is."
+    )
 
 
 def test_without_a_file_problems_name_the_experiment(sandbox: Environment) -> None:

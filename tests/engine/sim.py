@@ -7,6 +7,7 @@ play the loss of the process: nothing after it may run but what another process 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,6 +98,14 @@ class World:
     watchdog_alive: bool = True
     stop: tuple[str, str] | None = None
     late_s: float = 0.0
+    items: int = 0
+    """Bodies of the probe; 0: none."""
+    score: Callable[[int, int], float] | None = None
+    """The number in the answer to an item, given (item, request's number); None: answers carry none."""
+    score_during: Callable[[int, int], float] | None = None
+    """The same while a fault is on; None: as always."""
+    wrong_for_s: float = 0.0
+    """How long the answers stay wrong after the fault is gone."""
     mute_from: float | None = None
     """From then on the probe measures nothing."""
     injections: list[str] = field(default_factory=list)
@@ -211,12 +220,16 @@ class SimRequests:
         self.world.call()
         world, found = self.world, list[RequestSample]()
         while (due := self.begun + self.k / self.rate) <= world.clock.t - 0.03:
+            k = self.k
             self.k += 1
             if world.mute_from is not None and due >= world.mute_from:
                 continue
             on = bool(world.faults) and world.effective
             latency = world.latency_during_s if on else 0.03
             ok = world.rng.random() >= (world.errors_during if on else world.errors_always)
+            item = k % world.items if world.items else -1
+            lasting = bool(world._recovered > 0) and due < world._recovered + world.wrong_for_s
+            score = world.score_during if (on or lasting) and world.score_during else world.score
             t = due - self.zero
             found.append(
                 RequestSample(
@@ -227,6 +240,8 @@ class SimRequests:
                     ok,
                     "model" if ok else "error",
                     "",
+                    item,
+                    score(item, k) if ok and score else math.nan,
                 )
             )
         return found

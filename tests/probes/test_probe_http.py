@@ -318,6 +318,7 @@ def test_bodies_entities_and_headers_go_round(serve: Serve) -> None:
         ({"method": "get"}, "method"),
         ({"bodies": ({},)}, "body"),
         ({"method": "POST", "bodies": (object(),)}, "JSON"),
+        ({"value": "scores..0"}, "value"),
         ({"headers": {"X": "a\r\nY: b"}}, "header"),
         ({"headers": {"Content-Length": "5"}}, "itself"),
         ({"expect_status": (700,)}, "expect_status"),

@@ -42,6 +42,34 @@ def test_complete_at_the_last_byte_wherever_it_is_cut(name: str) -> None:
     assert [reader.feed(data[i : i + 1]) for i in range(len(data))] == [False] * (len(data) - 1) + [True]
 
 
+BODIES = {"length": b"hello", "chunks": b"hello0123456789", "chunks beat length": b"\n", "interim": b"x", "empty": b""}
+
+
+@pytest.mark.req("RX-03")
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_is_asked_for_is_kept_wherever_it_is_cut(name: str) -> None:
+    data = COMPLETE[name][0]
+    for cut in range(len(data) + 1):
+        reader = ResponseReader(WANTED, keep_body=15)
+        assert reader.feed(data[:cut]) or reader.feed(data[cut:])
+        assert reader.body == BODIES[name]
+    byte_by_byte, short = ResponseReader(WANTED, keep_body=15), ResponseReader(WANTED, keep_body=4)
+    for i in range(len(data)):
+        byte_by_byte.feed(data[i : i + 1])
+        short.feed(data[i : i + 1])
+    assert byte_by_byte.body == BODIES[name]
+    assert short.body == (BODIES[name] if len(BODIES[name]) <= 4 else b"")
+
+
+def test_a_body_until_close_and_bytes_beyond_the_length() -> None:
+    reader = ResponseReader(WANTED, keep_body=100)
+    for part in (b"HTTP/1.1 200 OK\r\n\r\nso", b"me"):
+        reader.feed(part)
+    assert reader.end_of_stream() and reader.body == b"some"
+    beyond = ResponseReader(WANTED, keep_body=100)
+    assert beyond.feed(COMPLETE["length"][0] + b" and more") and beyond.body == b"hello"
+
+
 def test_wanted_header() -> None:
     reader = ResponseReader(WANTED)
     reader.feed(COMPLETE["length"][0])
