@@ -24,6 +24,8 @@ from mlchaos_dagster.errors import Problem, SpecError
 _DEFAULTS: dict[str, dict[str, str]] = {
     "network_latency": {"latency": "200ms", "jitter": "20ms"},
     "network_loss": {"fraction": "20%"},
+    "cpu_stress": {"load": "80%"},
+    "memory_stress": {"size": "500Mi"},
 }
 _DEFAULT_DURATION = "30s"
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlchaos_dagster.domain.spec import AbortCondition, Mechanism, Model, Name
-from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction
+from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction, Size
 
 RequestMeasure = Literal[
     "availability",
@@ -263,6 +263,8 @@ class SandboxOptions(Model):
     replicas: Annotated[int, Field(ge=1, le=50)] = 3
     mechanisms: dict[Mechanism, bool] = {}
     """Resilience mechanisms switched off with `false`."""
+    memory_limit: Annotated[Size, Field(ge=64 * 2**20)] = 400 * 2**20
+    """Of each inference replica; above it the platform kills what runs inside. It needs about 160Mi itself."""
 
 
 class Prometheus(Model):

@@ -103,6 +103,8 @@ class SandboxConfig:
     """Longest wait before a restart."""
     backoff_reset_s: float = 10.0
     """A process that ran this long is healthy: its next exit counts as its first."""
+    memory_limit_bytes: int = 400 * 2**20
+    """Of each inference replica, with what runs inside its limit; it needs about 160 MiB itself (see ``limits``)."""
     seed: int = 7
     """Seed of the features, the training data and the model."""
 
@@ -116,6 +118,7 @@ class SandboxConfig:
         object.__setattr__(self, "mechanisms", {**_all_on(), **self.mechanisms})
         _integer("replicas", self.replicas, 1, MAX_REPLICAS)
         _integer("entities", self.entities, 1, 100_000)
+        _integer("memory_limit_bytes", self.memory_limit_bytes, 2**24, 2**50)
         _integer("seed", self.seed, 0, 2**31 - 1)
         for name in (
             "deadline_s",

@@ -42,6 +42,8 @@ class Slot:
         self.holds: set[str] = set()
         self.ready = False
         self.restarts = 0
+        self.oom_kills = 0
+        """Times its group was killed for being over its memory limit (see ``limits``)."""
         self.port: int | None = None
         self.last_port = 0
         self.pid: int | None = None
@@ -118,10 +120,11 @@ class Slot:
             pass
         return process.pid
 
-    async def stop(self) -> None:
-        """Empty the slot for good."""
+    async def stop(self, how: str = "SIGKILL") -> None:
+        """Empty the slot for good; a process that does not end on ``how`` within a second is killed."""
         self._stopping = True
         self._wake.set()
+        await self.kill(how=how)
         await self.kill()
 
     @property

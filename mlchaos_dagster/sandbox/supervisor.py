@@ -29,6 +29,7 @@ from .control import serve
 from .fault_book import FaultBook
 from .faults import Refused
 from .handlers import build
+from .limits import MemoryLimits
 from .parts import Part, View, part, with_required
 from .request_ring import Counts, RequestRing
 from .service import TOKEN_HEADER
@@ -67,6 +68,7 @@ class Supervisor:
         self.states: dict[str, tuple[float, dict[str, Any]]] = {}
         """Process of a part → (monotonic time, its GET /state)."""
         self.book = FaultBook(self.slots, self.links, self.call, self.truth, directory, lambda kind: build(kind, self))
+        self.limits = MemoryLimits(self.slots, config.memory_limit_bytes, self.truth)
         self.requests = RequestRing(self._count_requests)
         self.session: aiohttp.ClientSession
         self._me = psutil.Process()
@@ -89,7 +91,7 @@ class Supervisor:
         try:
             for name in ("feature-store", "proxy-feature-store", "proxy-inference", "gateway"):
                 self._add_slot(name)
-            for task in (self._reconcile, self.requests.watch, self.book.watch):
+            for task in (self._reconcile, self.requests.watch, self.book.watch, self.limits.watch):
                 self._start(task())
             self._start(self._set_up())
             await self.stop.wait()
@@ -210,16 +212,22 @@ class Supervisor:
                 self._add_slot(f"inference-{number}")
         self._changed()
 
-    async def scale(self, replicas: int) -> None:
-        """Change the number of replicas; the highest numbers go first."""
+    async def scale(self, replicas: int, **why: Any) -> None:
+        """Change the number of replicas; the highest numbers go first. ``why`` goes to the truth log.
+
+        Raises:
+            Refused: 409, a fault is on one that would have to go.
+        """
         gone = [n for n in self.slots if n.startswith("inference-") and int(n.split("-")[1]) > replicas]
         for name in gone:
             if leases := self.book.on(name):
                 raise Refused(409, f"{name} cannot be scaled away: lease {leases[0]} has a fault on it")
-        self.truth.write("scaled", "inference", replicas=replicas, before=self.replicas)
+        self.truth.write("scaled", "inference", replicas=replicas, before=self.replicas, **why)
         self.replicas = replicas
-        for slot in [self.slots.pop(name) for name in gone]:
-            await slot.stop()
+        slots = [self.slots.pop(name) for name in gone]
+        if slots:
+            await self._push_endpoints()  # no new requests for them, and time to answer those they have
+        await asyncio.gather(*(slot.stop("SIGTERM") for slot in slots))
         self._sync_replicas()
 
     def _changed(self) -> None:
@@ -388,6 +396,7 @@ class Supervisor:
                 "ready": ready,
                 "reason": reason,
                 "restarts": slot.restarts,
+                "oom_kills": slot.oom_kills,
                 "port": slot.port,
                 "url": f"http://127.0.0.1:{slot.port}" if slot.port else None,
                 "held_by": sorted({hold.split("/")[0] for hold in slot.holds}),
@@ -419,6 +428,7 @@ class Supervisor:
             "ready_replicas": sum(slot.ready for slot in replicas),
             "running_replicas": sum(slot.running for slot in replicas),
             "restarts": sum(slot.restarts for slot in self.slots.values()),
+            "oom_kills": sum(slot.oom_kills for slot in self.slots.values()),
         }
         since = time.monotonic() - _STATE_LASTS_S
         view = View(self.slots, {name: state for name, (at, state) in self.states.items() if at >= since})
