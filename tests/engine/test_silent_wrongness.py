@@ -94,8 +94,9 @@ def test_a_wrong_model_at_full_availability_deviates_in_words(tmp_path: Path) ->
 
 
 def test_right_answers_are_held_and_the_table_is_told(tmp_path: Path) -> None:
-    _, _, verdict = run_in(tmp_path, World(score=right), GOLDEN, STABLE)
+    _, record, verdict = run_in(tmp_path, World(score=right), GOLDEN, STABLE)
     assert verdict.outcome is Outcome.HELD, verdict.reasons
+    assert record.after is not None and record.after.length < 5, "steady is seen when it is there; 13 s were allowed"
     assert verdict.slis["golden_error_rate"].during == verdict.slis["prediction_psi"].during == 0.0
     assert verdict.golden is not None and verdict.golden.items == ITEMS and verdict.golden.unstable == ()
     assert len(verdict.golden.digest) == 64
@@ -197,7 +198,8 @@ def test_too_few_comparable_answers_are_no_pass(tmp_path: Path) -> None:
         return SCORES[item] + (0.1 * (k // ITEMS % 2) if item >= 10 else 0.0)
 
     lenient = {"sli": "golden_error_rate", "at_most": "60%"}
-    _, _, verdict = run_in(tmp_path, World(score=mostly_flapping), lenient)
+    _, record, verdict = run_in(tmp_path, World(score=mostly_flapping), lenient)
+    assert record.after is not None and record.after.length < 5
     assert verdict.outcome is Outcome.INCONCLUSIVE, verdict.reasons
     assert "answers could be compared with the baseline; at least 100 are needed" in verdict.reasons[0]
 
