@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DRIVERS = {
     "sandbox": "mlchaos_dagster.drivers.sandbox:SandboxDriver",
     "s3": "mlchaos_dagster.drivers.s3:S3Driver",
+    "model": "mlchaos_dagster.drivers.model:ModelDriver",
     "gpu": "mlchaos_dagster.drivers.gpu:GpuDriver",
     "features": "mlchaos_dagster.drivers.features:FeaturesDriver",
 }

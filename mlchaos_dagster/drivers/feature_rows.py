@@ -27,7 +27,9 @@ class Row:
     before: str
     after: str
     stamp: float
-    """When it had been refreshed; Unix time."""
+    """When it had been refreshed; Unix time, 0 where only the file's marks tell."""
+    stamp_after: float | None
+    """What the fault sets it to, if it does."""
 
 
 @contextlib.contextmanager
@@ -52,7 +54,8 @@ def recorded(lease: Lease, target: str) -> list[Row]:
     found = lease.undo.get("files", {}).get(target)
     if found is None:
         return []
-    return [Row(entity, vector, _changed(lease, vector, found["std"]), 0.0) for entity, vector in found["rows"]]
+    old = lease.opened_wall - float(lease.params["age_s"]) if lease.kind == "feature_stale" else None
+    return [Row(entity, vector, _changed(lease, vector, found["std"]), 0.0, old) for entity, vector in found["rows"]]
 
 
 def _changed(lease: Lease, vector: str, std: Sequence[float]) -> str:
@@ -65,26 +68,22 @@ def _changed(lease: Lease, vector: str, std: Sequence[float]) -> str:
     return vector
 
 
-def _set_back(lease: Lease) -> float:
-    """The stamp of a frozen row."""
-    return lease.opened_wall - float(lease.params.get("age_s", 0.0))
-
-
 def damage(database: sqlite3.Connection, lease: Lease, rows: Iterable[Row]) -> int:
     """Put the fault on rows that are still as recorded; how many that are. They are in the table of the lease."""
     mark = _mark(lease)
     if marked := marked_rows(database, lease):
         return len(marked)
-    database.execute(f"CREATE TABLE {mark} (entity_id INTEGER PRIMARY KEY, before TEXT, after TEXT, stamp REAL)")
+    columns = "entity_id INTEGER PRIMARY KEY, before TEXT, after TEXT, stamp REAL, stamp_after REAL"
+    database.execute(f"CREATE TABLE {mark} ({columns})")
     database.executemany(
-        f"INSERT INTO {mark} SELECT entity_id, ?, ?, features.updated_at FROM source JOIN features USING (entity_id)"
+        f"INSERT INTO {mark} SELECT entity_id, ?, ?, updated_at, ? FROM source JOIN features USING (entity_id)"
         " WHERE entity_id = ? AND source.vector = ?",
-        ((row.before, row.after, row.entity, row.before) for row in rows),
+        ((row.before, row.after, row.stamp_after, row.entity, row.before) for row in rows),
     )
     if lease.kind == "feature_stale":
         database.execute(
-            f"UPDATE features SET updated_at = ? WHERE entity_id IN (SELECT entity_id FROM {mark})",
-            (_set_back(lease),),
+            f"UPDATE features SET updated_at = (SELECT stamp_after FROM {mark} WHERE entity_id = features.entity_id)"
+            f" WHERE entity_id IN (SELECT entity_id FROM {mark})"
         )
         database.execute(
             f'CREATE TRIGGER {mark[:-1]}/frozen" BEFORE UPDATE ON features'
@@ -110,13 +109,11 @@ def put_back(database: sqlite3.Connection, lease: Lease, known: list[Row]) -> No
     mark = _mark(lease)
     rows = marked_rows(database, lease) or known
     database.execute(f'DROP TRIGGER IF EXISTS {mark[:-1]}/frozen"')
-    if lease.kind == "feature_stale":
-        # The stamps as they were: true, and the next pass of ingestion renews them.
-        old = _set_back(lease)
-        database.executemany(
-            "UPDATE features SET updated_at = ? WHERE entity_id = ? AND updated_at = ?",
-            ((row.stamp or lease.opened_wall, row.entity, old) for row in rows),
-        )
+    # The stamps as they were: true, and the next pass of ingestion renews them.
+    database.executemany(
+        "UPDATE features SET updated_at = ? WHERE entity_id = ? AND updated_at = ?",
+        ((row.stamp or lease.opened_wall, row.entity, row.stamp_after) for row in rows if row.stamp_after is not None),
+    )
     changed = [row for row in rows if row.before != row.after]
     database.executemany(
         "UPDATE source SET vector = ? WHERE entity_id = ? AND vector = ?",
@@ -135,7 +132,7 @@ def marked_rows(database: sqlite3.Connection, lease: Lease) -> list[Row]:
     """The rows that the file itself says the lease touched."""
     if not _exists(database, f"{MARK}{lease.id}"):
         return []
-    return [Row(*found) for found in database.execute(f"SELECT entity_id, before, after, stamp FROM {_mark(lease)}")]
+    return [Row(*found) for found in database.execute(f"SELECT * FROM {_mark(lease)}")]
 
 
 def _exists(database: sqlite3.Connection, name: str) -> bool:
@@ -167,13 +164,12 @@ def look(database: sqlite3.Connection, lease: Lease, rows: Sequence[Row]) -> Fou
         for entity, vector, stamp in database.execute("SELECT entity_id, vector, updated_at FROM features")
     }
     damaged = others = 0
-    old = _set_back(lease)
     for row in rows:
         vector, stamp = served.get(row.entity, ("", 0.0))
         if row.before != row.after:
             damaged += row.after in (vector, source.get(row.entity))
-        elif lease.kind == "feature_stale":
-            damaged += stamp == old
+        else:
+            damaged += stamp == row.stamp_after
         others += vector not in (row.before, row.after)
     now = [served[row.entity] for row in rows if row.entity in served]
     return Found(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
@@ -168,10 +168,10 @@ def _ours(client: Any, bucket: str, key: str, lease_id: str) -> list[str]:
     """Versions of a key that carry the lease's mark."""
     found: list[str] = []
     for version in client.list_object_versions(Bucket=bucket, Prefix=key).get("Versions", []):
-        head = (
-            client.head_object(Bucket=bucket, Key=key, VersionId=version["VersionId"]) if version["Key"] == key else {}
-        )
-        if head.get("Metadata", {}).get(MARK) == lease_id:
+        if version["Key"] != key:
+            continue
+        head: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, VersionId=version["VersionId"])
+        if head["Metadata"].get(MARK) == lease_id:
             found.append(version["VersionId"])
     return found
 
@@ -183,10 +183,10 @@ def _get(client: Any, bucket: str, key: str) -> bytes:
 
 def _json(content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value: Any = json.loads(content)
     except ValueError:
-        value = {}
-    return value if isinstance(value, dict) else {}
+        value = None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _dump(value: dict[str, Any]) -> bytes:
