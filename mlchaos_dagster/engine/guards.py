@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mlchaos_dagster.domain.record import GuardResult
 from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.engine.active import ENDED
-from mlchaos_dagster.errors import StoreError
+from mlchaos_dagster.errors import DriverUnavailable, StoreError
 
 if TYPE_CHECKING:
     from mlchaos_dagster.domain.record import RunRecord, Verdict
@@ -124,7 +124,12 @@ def _held(name: str, found: tuple[RunRecord, Verdict | None] | None, now: float,
 def target_resolved(run: Run) -> GuardResult:
     """The selector matches, and the blast radius fits what exists."""
     target = run.environment.targets[run.experiment.target]
-    existing = run.kit.driver.resolve(target)
+    try:
+        existing = run.kit.driver.resolve(target)
+    except DriverUnavailable as e:
+        return GuardResult(
+            name="target resolved", passed=False, saw=str(e), needs="a backend that is there and answers"
+        )
     try:
         run.freeze_targets(existing)
     except ValueError as e:

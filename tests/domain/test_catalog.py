@@ -33,7 +33,8 @@ def test_the_shipped_library_parses_cross_checks_and_names_a_mechanism_each() ->
         "gateway-to-model-latency",
         "serving-packet-loss",
     }
-    assert all(e.teeth is not None for e in catalog.experiments())
+    # The embedded platform computes on the CPU: nothing of it could be switched off to make that one fail.
+    assert [e.name for e in catalog.experiments() if e.teeth is None] == ["gpu-memory-hog"]
     assert {s.name for s in catalog.suites()} == {"smoke", "nightly", "weekly"}
 
 

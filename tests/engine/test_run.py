@@ -170,9 +170,17 @@ def test_guards_refuse(tmp_path: Path) -> None:
 
 
 def test_crashing_guard_refuses(tmp_path: Path) -> None:
-    world = World(fail_at=1)
-    _, verdict = outcome(tmp_path, world)
+    run = build(tmp_path, World())
+    run.kit.driver.resolve = lambda target: [][1]  # type: ignore[method-assign]
+    record = run_experiment(run)
+    verdict = judge(record, run.samples)
     assert verdict.outcome is Outcome.REFUSED and "could not be checked" in verdict.reasons[0]
+
+
+def test_a_backend_that_is_not_there_refuses_and_says_so(tmp_path: Path) -> None:
+    record, verdict = outcome(tmp_path, World(fail_at=1))
+    assert verdict.outcome is Outcome.REFUSED and verdict.reasons[0] == "target resolved: fake.call 1: no answer"
+    assert record.guards[-1].needs == "a backend that is there and answers"
 
 
 def test_closed_gate_refuses(tmp_path: Path) -> None:
