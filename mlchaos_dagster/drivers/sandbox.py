@@ -20,11 +20,12 @@ from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed,
 from mlchaos_dagster.sandbox import api
 from mlchaos_dagster.sandbox.faults import NETWORK_KINDS, POD_KINDS
 from mlchaos_dagster.sandbox.handlers import HANDLERS
-from mlchaos_dagster.sandbox.identity import lives
+from mlchaos_dagster.sandbox.identity import burner_suffix, lives, processes_of
 
 NAME = "sandbox"
 _NETWORK = frozenset(NETWORK_KINDS)
 _PODS = frozenset(POD_KINDS)
+_STRESS = frozenset({"cpu_stress", "memory_stress"})
 _SLOW = ("network_latency", "s3_slow")
 _REFUSING = ("s3_unavailable", "database_unavailable")
 _THROTTLED = 503
@@ -196,7 +197,11 @@ class SandboxDriver:
         }
         if not mine:
             lines.insert(0, f"supervisor and proxies have nothing of lease {lease.id}")
-        return Evidence(present=bool(mine), effective=seen >= set(lease.targets), lines=tuple(lines))
+        burners = _burners(lease, directory)
+        if lease.kind in _STRESS and not mine:
+            lines.append(f"still there: {_people(burners)}" if burners else "no burner of it is among the processes")
+            lines += _extra_replicas(directory)
+        return Evidence(present=bool(mine or burners), effective=seen >= set(lease.targets), lines=tuple(lines))
 
     def _status(self, verb: str) -> dict[str, Any]:
         try:
@@ -305,6 +310,23 @@ def _confirmed(lease: Lease, target: str, trip: _Trip | None, children: dict[str
 
 def _lives(process: dict[str, Any]) -> bool:
     return lives(process["pid"], process["create_time"])
+
+
+def _burners(lease: Lease, directory: Path) -> list[tuple[str, int]]:
+    """Burners of the lease that the operating system knows, whatever the sandbox says: (name, pid)."""
+    if lease.kind not in _STRESS:
+        return []
+    ours = burner_suffix(lease.id)
+    found = processes_of(directory.resolve())
+    return [(name, pid) for name, pid, _ in found if name.startswith("burner-") and name.endswith(ours)]
+
+
+def _extra_replicas(directory: Path) -> list[str]:
+    """What an autoscaler added for the fault and has not taken away yet: no fault, but good to know."""
+    state = api.read_state(directory) or {}
+    there = sum(name.startswith("inference-") for name in state.get("children", {}))
+    wanted = state.get("config", {}).get("replicas", there)
+    return [f"{there} replicas run, {wanted} are configured"] if there > wanted else []
 
 
 def _trip_line(link: str, trip: _Trip) -> str:

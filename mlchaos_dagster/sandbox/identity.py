@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,11 @@ def processes_of(directory: Path) -> list[tuple[str, int, float]]:
         except psutil.Error:
             continue
     return found
+
+
+def burner_suffix(lease_id: str) -> str:
+    """How the names of a lease's burners end, by which they can be told from the outside."""
+    return "-" + re.sub(r"[^A-Za-z0-9.-]", "_", lease_id)
 
 
 def kill(members: Iterable[tuple[str, int, float]], within_s: float) -> list[dict[str, Any]]:

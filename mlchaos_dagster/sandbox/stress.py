@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import psutil
 
 from .faults import Fault, Refused
 from .handlers import number, only
-from .identity import lives
+from .identity import burner_suffix, lives
 from .limits import resident
 from .slots import Slot
 
@@ -65,7 +64,7 @@ class _Stress:
             raise Refused(409, f"{fault.target} is not running: there is nothing to put under stress")
         mine = self.burners[fault.key] = []
         for count, settings in enumerate(told, 1):
-            name = f"burner-{fault.target}-{count}-{re.sub(r'[^A-Za-z0-9.-]', '_', fault.lease_id)}"
+            name = f"burner-{fault.target}-{count}{burner_suffix(fault.lease_id)}"
             slot = Slot(
                 name,
                 "burner",
