@@ -23,8 +23,8 @@ from typing import Any
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers import s3_choice, s3_client, s3_objects
-from mlchaos_dagster.drivers.s3_client import in_parallel, told
+from mlchaos_dagster.drivers import s3_choice, s3_client, s3_fault, s3_objects
+from mlchaos_dagster.drivers.s3_client import beside, in_parallel, told
 from mlchaos_dagster.drivers.s3_evidence import Notes, evidence
 from mlchaos_dagster.drivers.s3_objects import Look, Original
 from mlchaos_dagster.engine.files import sync_directory
@@ -103,16 +103,24 @@ class S3Driver:
             with _backup_errors(backup):
                 backup.mkdir(parents=True, exist_ok=True)
 
-            def record(numbered: tuple[int, str]) -> Original:
+            def record(numbered: tuple[int, str]) -> Original | None:
                 number, key = numbered
                 path = None if versioned else backup / f"{number:05}.bin"
-                return s3_objects.record(client, bucket, key, versioned=versioned, backup=path)
+                try:
+                    return s3_objects.record(client, bucket, key, versioned=versioned, backup=path)
+                except s3_client.client_errors()[0] as e:
+                    if s3_client.code_of(e) == "NoSuchKey":  # deleted since it was listed
+                        return None
+                    raise
 
             names = [(i, key) for i, (key, _, _) in enumerate(chosen)]
-            objects = sorted(in_parallel(record, names, len(names), step), key=lambda o: o.key)
+            found = in_parallel(record, names, len(names), step)
+            objects = sorted((o for o in found if o is not None), key=lambda o: o.key)
+            if not objects:
+                raise DriverError("all chosen objects were deleted meanwhile", driver=NAME, verb="undo")
             partner = None
             if how == "swap":
-                partner = s3_choice.partner(client, bucket, objects, others, versioned)
+                partner = beside(lambda: s3_choice.partner(client, bucket, objects, others, versioned), step)
         with _backup_errors(backup):
             (backup / "armed").write_text("")
             sync_directory(backup)
@@ -149,7 +157,7 @@ class S3Driver:
             if time.time() >= lease.deadline_wall:
                 raise InjectFailed("the lease's deadline has passed", **where)
             try:
-                written = s3_objects.damage(
+                written = s3_fault.damage(
                     client, bucket, original, lease.id, how, partner=halves.get(original.key), conditional=conditional
                 )
             except s3_client.client_errors()[1]:
@@ -166,8 +174,9 @@ class S3Driver:
                 try:
                     step(0, len(objects))
                     first = objects[0]
-                    conditional = s3_objects.knows_if_match(
-                        client, bucket, first, lease.id, how, partner=halves.get(first.key)
+                    partner = halves.get(first.key)
+                    conditional = beside(
+                        lambda: s3_fault.knows_if_match(client, bucket, first, lease.id, how, partner=partner), step
                     )
                     in_parallel(one, objects, len(objects), step)
                 except s3_client.client_errors()[1]:

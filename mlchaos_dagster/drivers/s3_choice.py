@@ -34,13 +34,12 @@ def listed(client: Any, bucket: str, prefix: str, select: str, base: int, step: 
     """(key, size, ETag) of all objects under the prefix that a glob matches, from character `base` of their key on."""
     globs = [glob.strip() for glob in select.split(",")]
     found: list[Entry] = []
-    step(0, 0)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    pages = iter(client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+    while (page := s3_client.beside(lambda: next(pages, None), step)) is not None:
         for entry in page.get("Contents", []):
             rest = entry["Key"][base:].lstrip("/")
             if any(fnmatchcase(rest, glob) for glob in globs):
                 found.append((entry["Key"], int(entry["Size"]), entry["ETag"]))
-        step(0, len(found))
     return found
 
 

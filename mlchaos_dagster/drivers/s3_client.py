@@ -187,6 +187,11 @@ def in_parallel(work: Callable[[_T], _R], items: Iterable[_T], total: int, step:
     return results
 
 
+def beside(work: Callable[[], _R], step: Step) -> _R:
+    """One piece of work of a few seconds, with `step` called meanwhile; see `in_parallel`."""
+    return in_parallel(lambda _: work(), (None,), 1, lambda done, total: step(0, 0))[0]
+
+
 def _sandbox_store(directory: Path) -> dict[str, str]:
     store = (read_state(directory) or {}).get("object_store")
     if not store:

@@ -1,4 +1,4 @@
-"""One object of a bucket: record what it is, overwrite or damage it, take that back, look at it.
+"""One object of a bucket: record what it is, overwrite it, look at it, take back what was written over it.
 
 Functions over a boto3 client, without state; for every fault on objects. The rules, the same for all of them:
 
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
-import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -26,24 +24,20 @@ from typing import IO, Any, Literal
 from urllib.parse import urlencode
 
 from mlchaos_dagster.drivers.s3_client import client_errors, code_of
-from mlchaos_dagster.drivers.s3_damage import damaged
 from mlchaos_dagster.errors import DriverError
 
 MARK = "mlchaos-lease"
 """Metadata that says whose a version is."""
 MAX_SIZE = 5 * 1024**3
 """Bytes that one PUT can carry."""
-_CHUNK = 256 * 1024
-_IN_MEMORY = 4 * 1024**2
-"""Bytes of a body kept in memory, per request in flight; the rest goes to a temporary file."""
-_KEPT = (
+CHUNK = 256 * 1024
+KEPT = (
     "CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata",
     "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption", "SSEKMSKeyId", "BucketKeyEnabled",
 )  # fmt: skip
-_WRONG_PROBE = '"00000000000000000000000000000000"'
-_ANOTHER = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
-_UNKNOWN = frozenset({"NotImplemented", "501"})
-_ABSENT = frozenset({"NoSuchKey", "NoSuchVersion", "NoSuchBucket", "404", "MethodNotAllowed", "405"})
+CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+UNKNOWN = frozenset({"NotImplemented", "501"})
+ABSENT = frozenset({"NoSuchKey", "NoSuchVersion", "NoSuchBucket", "404", "MethodNotAllowed", "405"})
 """405: what is current is a delete marker."""
 
 
@@ -106,7 +100,7 @@ def record(client: Any, bucket: str, key: str, *, versioned: bool, backup: Path 
         if size > MAX_SIZE:
             raise DriverError(f"{key} has {size:,} bytes; at most {MAX_SIZE:,} can be overwritten in one request")
         if versioned:
-            for chunk in body.iter_chunks(_CHUNK):
+            for chunk in body.iter_chunks(CHUNK):
                 digest.update(chunk)
         elif backup is None:
             raise DriverError(f"{key} has no version id, and there is no backup")
@@ -116,10 +110,10 @@ def record(client: Any, bucket: str, key: str, *, versioned: bool, backup: Path 
                 " that no restore takes away; enable versioning"
             )
         else:
-            _back_up(body.iter_chunks(_CHUNK), digest, backup, key)
+            _back_up(body.iter_chunks(CHUNK), digest, backup, key)
     headers = {}
     if not versioned:
-        headers = {name: reply[name] for name in _KEPT if reply.get(name)}
+        headers = {name: reply[name] for name in KEPT if reply.get(name)}
         if reply.get("TagCount"):
             tags = client.get_object_tagging(Bucket=bucket, Key=key)["TagSet"]
             headers["Tags"] = [[tag["Key"], tag["Value"]] for tag in tags]
@@ -157,81 +151,18 @@ def overwrite(
         False when the object is neither the recorded one nor ours already: nothing was written.
     """
     if current is None or not conditional:
-        current = _unchanged(client, bucket, original)
+        current = unchanged(client, bucket, original)
     if current is None:
         return look(client, bucket, original, lease_id).state == "ours"
-    headers = _marked(current, lease_id)
+    headers = marked(current, lease_id)
     try:
-        _put(client, bucket, original.key, body, headers, if_match=original.etag if conditional else None)
+        put(client, bucket, original.key, body, headers, if_match=original.etag if conditional else None)
     except client_errors()[0] as e:
-        if code_of(e) in _ANOTHER | _ABSENT:
+        if code_of(e) in CHANGED | ABSENT:
             # The first try may have been written and its answer lost: then it is ours that no longer matches.
             return look(client, bucket, original, lease_id).state == "ours"
         raise
     return True
-
-
-def damage(
-    client: Any,
-    bucket: str,
-    original: Original,
-    lease_id: str,
-    how: str,
-    *,
-    partner: Original | None = None,
-    conditional: bool = True,
-) -> bool:
-    """Overwrite the object with a damaged copy of itself; for `swap` with the content of `partner`.
-
-    Memory is bounded whatever the size; large copies go through a temporary file. See `overwrite`.
-    """
-    with _damaged_copy(client, bucket, original, lease_id, how, partner) as (current, body):
-        if current is None:
-            return look(client, bucket, original, lease_id).state == "ours"
-        return overwrite(client, bucket, original, lease_id, body, conditional=conditional, current=current)
-
-
-def knows_if_match(
-    client: Any, bucket: str, original: Original, lease_id: str, how: str, *, partner: Original | None = None
-) -> bool:
-    """Whether the store honours `If-Match` on writes, asked by damaging the object under a wrong ETag.
-
-    A store that does not honour it has then written what was to be written there anyway: ask with an object of the fault.
-    """
-    with _damaged_copy(client, bucket, original, lease_id, how, partner) as (current, body):
-        if current is None:
-            return True
-        try:
-            _put(client, bucket, original.key, body, _marked(current, lease_id), if_match=_WRONG_PROBE)
-        except client_errors()[0] as e:
-            if code_of(e) in _ANOTHER:
-                return True
-            if code_of(e) not in _UNKNOWN:
-                raise
-    return False
-
-
-@contextlib.contextmanager
-def _damaged_copy(
-    client: Any, bucket: str, original: Original, lease_id: str, how: str, partner: Original | None
-) -> Generator[tuple[dict[str, Any] | None, IO[bytes]], None, None]:
-    """(reply to a read of the object, damaged content); (None, nothing) when something is no longer what was recorded."""
-    source = partner or original
-    with tempfile.TemporaryFile() if source.size > _IN_MEMORY else io.BytesIO() as file:
-        current = None
-        try:
-            with _content(client, bucket, source, current=partner is None) as (reply, chunks):
-                current = reply if partner is None and reply is not None else _unchanged(client, bucket, original)
-                if current is not None and not _is_recorded(current, original):
-                    current = None
-                if current is not None:
-                    for chunk in damaged(chunks, source.size, how, f"{lease_id}:{original.key}"):
-                        file.write(chunk)
-        except client_errors()[0] as e:
-            if code_of(e) not in _ANOTHER | _ABSENT:
-                raise
-            current = None
-        yield current, file
 
 
 # ---- back
@@ -287,7 +218,7 @@ def look(client: Any, bucket: str, original: Original, lease_id: str, *, read: b
     version = str(current.get("VersionId") or "null")
     if _is_ours(current, lease_id):
         return Look("ours", sha256, version)
-    if _is_recorded(current, original) or (not original.version and sha256 == original.sha256):
+    if is_recorded(current, original) or (not original.version and sha256 == original.sha256):
         return Look("same", sha256, version)
     return Look("theirs", sha256, version, _below(client, bucket, original, lease_id))
 
@@ -299,7 +230,7 @@ def _head(client: Any, bucket: str, key: str, **more: str) -> dict[str, Any] | N
     try:
         return client.head_object(Bucket=bucket, Key=key, **more)
     except client_errors()[0] as e:
-        if code_of(e) in _ABSENT:
+        if code_of(e) in ABSENT:
             return None
         raise
 
@@ -308,13 +239,14 @@ def _is_ours(head: dict[str, Any], lease_id: str) -> bool:
     return head.get("Metadata", {}).get(MARK) == lease_id
 
 
-def _unchanged(client: Any, bucket: str, original: Original) -> dict[str, Any] | None:
+def unchanged(client: Any, bucket: str, original: Original) -> dict[str, Any] | None:
     """The reply to HEAD while the object is the recorded one."""
     head = _head(client, bucket, original.key)
-    return head if head is not None and _is_recorded(head, original) else None
+    return head if head is not None and is_recorded(head, original) else None
 
 
-def _is_recorded(reply: dict[str, Any], original: Original) -> bool:
+def is_recorded(reply: dict[str, Any], original: Original) -> bool:
+    """Whether a reply to HEAD or GET speaks of the recorded version."""
     same = not original.version or str(reply.get("VersionId") or "null") == original.version
     return same and reply["ETag"] == original.etag
 
@@ -324,32 +256,19 @@ def _may_be_put_back(head: dict[str, Any], original: Original, lease_id: str) ->
     return not (original.version or _is_ours(head, lease_id) or head["ETag"] == original.etag)
 
 
-def _marked(head: dict[str, Any], lease_id: str) -> dict[str, Any]:
-    headers = {name: head[name] for name in _KEPT if head.get(name)}
+def marked(head: dict[str, Any], lease_id: str) -> dict[str, Any]:
+    """What is written beside a content: all that was there, and the mark."""
+    headers = {name: head[name] for name in KEPT if head.get(name)}
     return {**headers, "Metadata": {**head.get("Metadata", {}), MARK: lease_id}}
 
 
-def _put(
+def put(
     client: Any, bucket: str, key: str, body: IO[bytes], headers: dict[str, Any], *, if_match: str | None = None
 ) -> None:
+    """One PUT, from the start of `body`."""
     body.seek(0)
     more = {"IfMatch": if_match} if if_match else {}
     client.put_object(Bucket=bucket, Key=key, Body=body, **headers, **more)
-
-
-@contextlib.contextmanager
-def _content(
-    client: Any, bucket: str, original: Original, *, current: bool
-) -> Generator[tuple[dict[str, Any] | None, Iterator[bytes]], None, None]:
-    """(reply or None, content): from the backup, else the recorded version, or (`current`) what is current."""
-    if original.backup:
-        with open(original.backup, "rb") as file:
-            yield None, iter(lambda: file.read(_CHUNK), b"")
-        return
-    version = {"VersionId": original.version} if original.version and not current else {}
-    reply = client.get_object(Bucket=bucket, Key=original.key, IfMatch=original.etag, **version)
-    with contextlib.closing(reply["Body"]) as body:
-        yield reply, body.iter_chunks(_CHUNK)
 
 
 def _read(client: Any, bucket: str, key: str) -> tuple[dict[str, Any] | None, str]:
@@ -357,11 +276,11 @@ def _read(client: Any, bucket: str, key: str) -> tuple[dict[str, Any] | None, st
     try:
         reply = client.get_object(Bucket=bucket, Key=key)
     except client_errors()[0] as e:
-        if code_of(e) in _ABSENT:
+        if code_of(e) in ABSENT:
             return None, ""
         raise
     with contextlib.closing(reply["Body"]) as body:
-        return reply, _digest(body.iter_chunks(_CHUNK))
+        return reply, _digest(body.iter_chunks(CHUNK))
 
 
 def _below(client: Any, bucket: str, original: Original, lease_id: str) -> tuple[str, ...]:
@@ -377,7 +296,7 @@ def _below(client: Any, bucket: str, original: Original, lease_id: str) -> tuple
             if head is not None and _is_ours(head, lease_id):
                 found.append(version["VersionId"])
     except client_errors()[0] as e:
-        if code_of(e) not in _ABSENT:
+        if code_of(e) not in ABSENT:
             raise
     return tuple(found)
 
@@ -395,7 +314,7 @@ def _put_back(client: Any, bucket: str, original: Original, lease_id: str) -> in
     """The backup over what is still ours; 0 when it is not (any more)."""
     try:
         with open(original.backup, "rb") as file:
-            if _digest(iter(lambda: file.read(_CHUNK), b"")) != original.sha256:
+            if _digest(iter(lambda: file.read(CHUNK), b"")) != original.sha256:
                 raise DriverError(f"the backup {original.backup} of {original.key} is damaged")
             head = _head(client, bucket, original.key)
             if head is None or not _is_ours(head, lease_id):
@@ -404,13 +323,13 @@ def _put_back(client: Any, bucket: str, original: Original, lease_id: str) -> in
             if tags := headers.pop("Tags", None):
                 headers["Tagging"] = urlencode([(name, value) for name, value in tags])
             try:
-                _put(client, bucket, original.key, file, headers, if_match=head["ETag"])
+                put(client, bucket, original.key, file, headers, if_match=head["ETag"])
             except client_errors()[0] as e:
-                if code_of(e) in _ANOTHER | _ABSENT:
+                if code_of(e) in CHANGED | ABSENT:
                     return 0
-                if code_of(e) not in _UNKNOWN:
+                if code_of(e) not in UNKNOWN:
                     raise
-                _put(client, bucket, original.key, file, headers)
+                put(client, bucket, original.key, file, headers)
     except OSError as e:
         raise DriverError(f"the backup {original.backup} of {original.key} cannot be read: {e.strerror or e}") from e
     return 1
@@ -426,7 +345,7 @@ def _back_up(chunks: Iterable[bytes], digest: Any, path: Path, key: str) -> None
             file.flush()
             os.fsync(file.fileno())
         with open(path, "rb") as file:
-            found = _digest(iter(lambda: file.read(_CHUNK), b""))
+            found = _digest(iter(lambda: file.read(CHUNK), b""))
     except OSError as e:
         raise DriverError(f"the backup of {key} cannot be written: {e.strerror or e}") from e
     if found != digest.hexdigest():
