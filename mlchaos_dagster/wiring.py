@@ -32,6 +32,7 @@ DRIVERS = {
     "model": "mlchaos_dagster.drivers.model:ModelDriver",
     "gpu": "mlchaos_dagster.drivers.gpu:GpuDriver",
     "features": "mlchaos_dagster.drivers.features:FeaturesDriver",
+    "database": "mlchaos_dagster.drivers.database:DatabaseDriver",
 }
 """Backend name → class. A class is built with the directory or address that its backend needs."""
 SANDBOX_SIGNALS = (

@@ -16,6 +16,7 @@ HANDLERS: dict[str, str] = {
     "model_chaos": "chaotic:ModelChaos",
     "cpu_stress": "stress:CpuStress",
     "memory_stress": "stress:MemoryStress",
+    "queue_overflow": "overload:QueueOverflow",
 }
 """Kind → ``module:Class`` under ``sandbox/``. A class is built once, with the supervisor."""
 

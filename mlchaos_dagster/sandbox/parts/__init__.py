@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlchaos_dagster.sandbox.slots import Slot
     from mlchaos_dagster.sandbox.supervisor import Supervisor
 
-NAMES: tuple[str, ...] = ("storage", "features", "model_health", "models", "scaling")
+NAMES: tuple[str, ...] = ("storage", "training", "features", "model_health", "models", "scaling", "tracking", "queue")
 """All parts, in the order in which they can be started: each after those it requires."""
 
 
@@ -35,6 +36,8 @@ class View:
     slots: Mapping[str, Slot]
     states: Mapping[str, Mapping[str, Any]]
     """Process name → its last GET /state, at most a second old; absent: it did not answer."""
+    directory: Path
+    """The sandbox's."""
 
 
 @dataclass(frozen=True)
