@@ -35,7 +35,22 @@ FAULTS = {
     "feature-store-delay": "network_latency",
     "feature-store-partition": "network_partition",
     "serving-pod-delete": "pod_delete",
+    "model-file-corruption": "model_corruption",
+    "model-artifact-corruption": "model_corruption",
+    "bad-model-promotion": "bad_model",
+    "chaotic-model-version": "model_chaos",
 }
+"""Experiment → its fault kind: every kind has at least one."""
+WITHOUT_DEADLINE = {
+    "s3_object_corruption",
+    "model_corruption",
+    "bad_model",
+    "feature_drift",
+    "feature_nulls",
+    "feature_stale",
+    "database_corruption",
+}
+"""Faults on content: nothing ends them but the run, its watchdog or a sweep. With both dead, `mlchaos recover` is the proof."""
 WINDOW_S = 4.0
 CLEAN_WITHIN_S = 40.0
 
@@ -112,6 +127,10 @@ def trial(home: Path, library: Path, victim: str, experiment: str, moment: str, 
             os.kill(observer.state()["pid"], signal.SIGKILL)
         if victim.startswith("run") and run.poll() is None:
             run.send_signal(signal.SIGSTOP if "frozen" in victim else signal.SIGKILL)
+        both = victim == "run and watchdog" and FAULTS[experiment] in WITHOUT_DEADLINE
+        if both:
+            run.wait(CLEAN_WITHIN_S)
+            subprocess.run(command(home, library, "recover"), capture_output=True, timeout=60)
         left, clean_s, last_wrong = observer.wrong(), None, killed_at
         while time.monotonic() < killed_at + CLEAN_WITHIN_S:
             left = observer.wrong()
@@ -164,11 +183,15 @@ def lane(number: int, jobs: list[tuple[str, str, str]], seed: int, out: Path | N
     return results
 
 
-def jobs_for(trials: int, seed: int) -> list[tuple[str, str, str]]:
+def jobs_for(trials: int, seed: int, experiments: list[str] | None = None) -> list[tuple[str, str, str]]:
     """Every victim equally often, faults and moments mixed by the seed; three of four inside the window."""
     rng = random.Random(seed)
     return [
-        (VICTIMS[k % len(VICTIMS)], rng.choice(sorted(FAULTS)), "anywhere" if rng.random() < 0.25 else "window")
+        (
+            VICTIMS[k % len(VICTIMS)],
+            rng.choice(experiments or sorted(FAULTS)),
+            "anywhere" if rng.random() < 0.25 else "window",
+        )
         for k in range(trials)
     ]
 
@@ -202,10 +225,11 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--lanes", type=int, default=2, help="trials at once, each on its own sandbox")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--experiments", nargs="+", choices=sorted(FAULTS), help="only these")
     parser.add_argument("--out", type=Path, help="every trial as a JSON line")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
-    jobs = jobs_for(args.trials, args.seed)
+    jobs = jobs_for(args.trials, args.seed, args.experiments)
     with concurrent.futures.ThreadPoolExecutor(args.lanes) as pool:
         parts = pool.map(lambda n: lane(n, jobs[n :: args.lanes], args.seed, args.out), range(args.lanes))
         results = [r for part in parts for r in part]

@@ -6,6 +6,7 @@ wrong. The only thing it takes from the platform is where its doors are (`state.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -99,14 +100,52 @@ class Observer:
         pids = [state.get("pid", 0), *(c["pid"] for c in state.get("children", {}).values())]
         return not any(alive(p) for p in pids if p)
 
-    def wrong(self) -> list[str]:
-        """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault."""
-        if not self.state() or self.platform_gone():
+    def marked_objects(self) -> list[str]:
+        """Object versions that say whose fault they are, asked of the store by plain boto3."""
+        store = self.state().get("object_store")
+        if not store or self.platform_gone():
             return []
-        return [f"truth log: {lease} on {who}" for lease, who in self.live_faults()] + [
-            f"link {name} does not answer in {SLOW_S:g} s" for name in self.bad_links()
-        ]
+        import boto3
+
+        keys = {"aws_access_key_id": store["access_key"], "aws_secret_access_key": store["secret_key"]}
+        client = boto3.client("s3", endpoint_url=store["url"], region_name="us-east-1", **keys)
+        found = []
+        try:
+            for bucket in client.list_buckets()["Buckets"]:
+                for page in client.get_paginator("list_object_versions").paginate(Bucket=bucket["Name"]):
+                    for version in page.get("Versions", []):
+                        key, number = version["Key"], version["VersionId"]
+                        if key.startswith(("trainer-", "worker-")):
+                            continue  # a trainer's checkpoints come and go by themselves
+                        head = client.head_object(Bucket=bucket["Name"], Key=key, VersionId=number)
+                        if any("mlchaos" in name for name in head["Metadata"]):
+                            found.append(f"object s3://{bucket['Name']}/{key} version {number} carries a lease")
+        except Exception as e:  # noqa: BLE001  unknown is not clean
+            return [] if self.platform_gone() else [f"the object store does not say: {type(e).__name__}"]
+        finally:
+            client.close()
+        return found
+
+    def damaged_files(self) -> list[str]:
+        """Files that stay when the platform goes: the model that replicas start with."""
+        model, card = self.sandbox / "model" / "model.bin", self.sandbox / "model" / "model.json"
+        if not card.exists():
+            return []
+        digest = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else "no file"
+        return [] if digest == json.loads(card.read_text())["sha256"] else [f"{model.name} is not the one on its card"]
+
+    def wrong(self) -> list[str]:
+        """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault but in files."""
+        left = self.damaged_files()
+        if not self.state() or self.platform_gone():
+            return left
+        left += self.marked_objects()
+        return (
+            left
+            + [f"truth log: {lease} on {who}" for lease, who in self.live_faults()]
+            + [f"link {name} does not answer in {SLOW_S:g} s" for name in self.bad_links()]
+        )
 
     def fault_seen(self) -> bool:
-        """Whether a fault is on, by the truth log."""
-        return bool(self.live_faults())
+        """Whether a fault is on, by the truth log, in a file or in the store."""
+        return bool(self.live_faults() or self.damaged_files() or self.marked_objects())
