@@ -79,9 +79,14 @@ class S3:
         extra = {f"x-amz-meta-{name}": value for name, value in (metadata or {}).items()}
         return self._request("PUT", f"/{bucket}/{key}", body=body, extra=extra)[1].get("x-amz-version-id", "")
 
-    def delete(self, bucket: str, key: str) -> None:
-        """Delete an object (in a versioned bucket: put a delete marker). Raises S3Error, S3Unavailable."""
-        self._request("DELETE", f"/{bucket}/{key}")
+    def delete(self, bucket: str, key: str, version: str = "") -> str:
+        """Delete an object, or one version of it for good; the version id of the delete marker.
+
+        Raises:
+            S3Error, S3Unavailable: it may be there.
+        """
+        query = {"versionId": version} if version else {}
+        return self._request("DELETE", f"/{bucket}/{key}", query=query)[1].get("x-amz-version-id", "")
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
         """All keys under a prefix, sorted. Raises S3Error, S3Unavailable."""

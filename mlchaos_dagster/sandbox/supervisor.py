@@ -65,6 +65,7 @@ class Supervisor:
         self.control_port = 0
         self.link_ports: dict[str, int] = {}
         self.parts: dict[str, Part] = {}
+        self._polled: set[str] = set()
         self.states: dict[str, tuple[float, dict[str, Any]]] = {}
         """Process of a part → (monotonic time, its GET /state)."""
         self.book = FaultBook(self.slots, self.links, self.call, self.truth, directory, lambda kind: build(kind, self))
@@ -161,15 +162,24 @@ class Supervisor:
             self.truth.write("part_started", name)
             for process in one.processes:
                 self._add_slot(process.name, process.role)
-                self._start(self._poll_state(process.name))
             if one.task is not None:
                 self._start(one.task(self))
+        for name in self.slots:
+            self._poll_state_of(name)
         self._changed()
         return list(self.parts)
 
+    def _poll_state_of(self, name: str) -> None:
+        """Ask a process for its state from now on, if some part is about it. Proxies say nothing."""
+        globs = [glob for one in self.parts.values() for glob in (*one.watches, *(p.name for p in one.processes))]
+        asked = self.slots[name].role != "proxy" and any(fnmatchcase(name, glob) for glob in globs)
+        if asked and name not in self._polled:
+            self._polled.add(name)
+            self._start(self._poll_state(name))
+
     async def _poll_state(self, name: str) -> None:
-        """Task: what a part's process says of itself, for signals. Proxies say nothing."""
-        while (slot := self.slots.get(name)) is not None and slot.role != "proxy":
+        """Task: what a process says of itself, for signals."""
+        while (slot := self.slots.get(name)) is not None:
             if slot.running and slot.port is not None:
                 pid = slot.pid
                 try:
@@ -179,6 +189,8 @@ class Supervisor:
                 if status == 200 and slot.pid == pid:
                     self.states[name] = (time.monotonic(), state)
             await asyncio.sleep(_STATE_EVERY_S)
+        self._polled.discard(name)
+        self.states.pop(name, None)
 
     def _add_slot(self, name: str, role: str = "") -> Slot:
         role = role or (name.split("-")[0] if name != "feature-store" else "feature_store")
@@ -188,6 +200,7 @@ class Supervisor:
         self.slots[name] = slot
         self._start(slot.run())
         self._start(self._poll(slot))
+        self._poll_state_of(name)
         return slot
 
     def _settings(self, name: str) -> dict[str, Any]:
@@ -431,7 +444,8 @@ class Supervisor:
             "oom_kills": sum(slot.oom_kills for slot in self.slots.values()),
         }
         since = time.monotonic() - _STATE_LASTS_S
-        view = View(self.slots, {name: state for name, (at, state) in self.states.items() if at >= since})
+        states = {name: state for name, (at, state) in self.states.items() if at >= since}
+        view = View(self.slots, states, self.directory)
         for one in self.parts.values():
             found |= one.read(view) if one.read is not None else {}
         return found
