@@ -207,7 +207,8 @@ class GpuDriver:
             lines = [_memory_line(name, before, now.get(before["uuid"])) for name, before in devices.items()]
             return Evidence(present=False, effective=False, lines=(gone, *lines))
         held = (_read(files.held) or {}).get("held_bytes", {})
-        lines = [f"hog pid {', '.join(str(hog.pid) for hog in hogs)} lives"]
+        who = f"hog pid {', '.join(str(hog.pid) for hog in hogs)}"
+        lines = [] if devices else [f"{who} lives"]
         effective = bool(devices)
         for name, before in devices.items():
             device, has = now.get(before["uuid"]), int(held.get(before["uuid"], 0))
@@ -215,7 +216,7 @@ class GpuDriver:
                 device.free_bytes is None or device.total_bytes - device.free_bytes >= before["hold_bytes"]
             )
             effective = effective and full and has >= before["hold_bytes"]
-            lines.append(f"it holds {_size(has)}; {_memory_line(name, before, device)}")
+            lines.append(f"{who} holds {_size(has)} of {_memory_line(name, before, device)}")
         return Evidence(present=True, effective=effective, lines=tuple(lines))
 
     def _wait_held(self, lease: Lease, files: Files, process: subprocess.Popen[bytes], step: Step) -> None:

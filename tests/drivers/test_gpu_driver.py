@@ -209,6 +209,17 @@ def test_the_memory_is_held_by_another_process_and_given_back(board: Board, driv
 
 
 @needs_compiler
+def test_a_hog_is_not_believed_where_the_device_says_otherwise(board: Board, driver: GpuDriver) -> None:
+    lease = lease_of(driver)
+    driver.inject(lease)
+    board.set()  # a device that was reset
+    seen = driver.active(lease)
+    assert seen.present and not seen.effective
+    assert "holds 6.4 GiB of gpu-0: 64 MiB of 8.0 GiB used" in seen.lines[0]
+    driver.recover(lease)
+
+
+@needs_compiler
 def test_it_is_released_at_its_deadline_though_everything_else_is_dead(board: Board, driver: GpuDriver) -> None:
     lease = lease_of(driver, fraction=0.25, seconds=2)
     # The run: it injects and is killed at once, with its whole process group.
