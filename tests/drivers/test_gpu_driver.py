@@ -248,7 +248,7 @@ def test_it_is_released_at_its_deadline_though_everything_else_is_dead(board: Bo
 
 @needs_compiler
 def test_the_kernel_ends_a_hog_that_hangs_past_its_deadline(board: Board, driver: GpuDriver) -> None:
-    lease = lease_of(driver, seconds=1.5)
+    lease = lease_of(driver, seconds=1.2)
     board.slow(30)  # inside one call to CUDA: no code of the hog's runs
     halted = _Stop(lambda: bool(_hog_of(lease)))
     with pytest.raises(Halted):
