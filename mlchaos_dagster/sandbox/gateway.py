@@ -35,6 +35,8 @@ _JITTER_S = (0.005, 0.025)
 _PRIME_FOR_S = 2.0
 _LOOK_EVERY_S = 10.0
 """Between two looks at all rows on a platform that refreshes them."""
+_LOOK_AGAIN_S = 1.0
+"""The same while they are shifted: rows that were never validated are refused until they are not."""
 _BREAKER_VALUES = {"closed": 0, "half_open": 1, "open": 2}
 _BUCKETS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5)
 
@@ -190,7 +192,7 @@ class Gateway:
                 await asyncio.sleep(0.05)
         self.service.set_ready()
         while self.mechanisms["feature_validation"]:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_LOOK_AGAIN_S if self.checks.shifted else _LOOK_EVERY_S)
             if self._refreshed or self.checks.shifted:
                 try:
                     await self._look()
