@@ -24,6 +24,7 @@ QUICK = {
     "memory": ["--n", "1"],
     "scale": [],
     "probe": ["--seconds", "1", "--repeats", "1"],
+    "chaos_model": ["--calls", "8000", "--rounds", "3"],
 }
 """In this order."""
 TAKES_PEER = ("abort", "overhead", "cli_start", "recovery", "memory")
