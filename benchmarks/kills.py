@@ -39,6 +39,9 @@ FAULTS = {
     "model-artifact-corruption": "model_corruption",
     "bad-model-promotion": "bad_model",
     "chaotic-model-version": "model_chaos",
+    "feature-drift": "feature_drift",
+    "feature-nulls": "feature_nulls",
+    "feature-stale": "feature_stale",
 }
 """Experiment → its fault kind: every kind has at least one."""
 WITHOUT_DEADLINE = {

@@ -6,10 +6,13 @@ wrong. The only thing it takes from the platform is where its doors are (`state.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import sqlite3
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -134,9 +137,39 @@ class Observer:
         digest = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else "no file"
         return [] if digest == json.loads(card.read_text())["sha256"] else [f"{model.name} is not the one on its card"]
 
+    def damaged_features(self) -> list[str]:
+        """What is wrong with the rows of the feature store, read with plain SQL; the file stays when the platform goes."""
+        path = self.sandbox / "data" / "features.sqlite"
+        if not path.exists():
+            return []
+        try:
+            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+                found = [
+                    f"{kind} {name} is in {path.name}"
+                    for kind, name in database.execute("SELECT type, name FROM sqlite_master")
+                    if name not in ("features", "source", "schema", "made")
+                ]
+                expected = database.execute("SELECT mean, std FROM schema ORDER BY feature").fetchall()
+                for table in ("source", "features"):
+                    rows = [json.loads(text) for (text,) in database.execute(f"SELECT vector FROM {table}")]
+                    if nulls := sum(None in row for row in rows):
+                        found.append(f"{nulls} rows of {table} have nulls")
+                    elif any(
+                        abs(statistics.fmean(column) - mean) > 0.01 * std
+                        for column, (mean, std) in zip(zip(*rows), expected)
+                    ):
+                        found.append(f"the rows of {table} are not where their schema says")
+                oldest = time.time() - database.execute("SELECT min(updated_at) FROM features").fetchone()[0]
+        except sqlite3.Error as e:
+            return [f"{path.name} does not say: {e}"]
+        writer = self.state().get("children", {}).get("feature-writer")
+        if writer and alive(writer["pid"]) and oldest > 600:
+            found.append(f"a row was refreshed {oldest:.0f} s ago")
+        return found
+
     def wrong(self) -> list[str]:
         """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault but in files."""
-        left = self.damaged_files()
+        left = self.damaged_files() + self.damaged_features()
         if not self.state() or self.platform_gone():
             return left
         left += self.marked_objects()
@@ -148,4 +181,4 @@ class Observer:
 
     def fault_seen(self) -> bool:
         """Whether a fault is on, by the truth log, in a file or in the store."""
-        return bool(self.live_faults() or self.damaged_files() or self.marked_objects())
+        return bool(self.live_faults() or self.damaged_files() or self.damaged_features() or self.marked_objects())

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from typing import TYPE_CHECKING
-
 from . import Part, Process, View
-
-if TYPE_CHECKING:
-    from mlchaos_dagster.sandbox.supervisor import Supervisor
 
 _STORE = "feature-store"
 _SIGNALS = {
@@ -18,23 +11,6 @@ _SIGNALS = {
     "feature_out_of_range": "out_of_range_rate",
     "feature_drift": "drift",
 }
-_EVERY_S = 0.25
-
-
-async def _watch(supervisor: Supervisor) -> None:
-    """Ask the store, which is there without this part too, what its rows are like."""
-    import aiohttp
-
-    slot = supervisor.slots[_STORE]
-    while True:
-        if slot.running and slot.port is not None:
-            try:
-                status, quality = await supervisor.call(slot, "GET", "/quality", None, 0.5)
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
-                status, quality = 0, {}
-            if status == 200:
-                supervisor.states[_STORE] = (time.monotonic(), quality)
-        await asyncio.sleep(_EVERY_S)
 
 
 def _read(view: View) -> dict[str, float]:
@@ -50,5 +26,5 @@ PART = Part(
     peers={_STORE: {"ingestion": "feature-writer"}},
     signals=tuple(_SIGNALS),
     read=_read,
-    task=_watch,
+    watches=(_STORE,),
 )
