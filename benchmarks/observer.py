@@ -156,7 +156,7 @@ class Observer:
                         found.append(f"{nulls} rows of {table} have nulls")
                     elif any(
                         abs(statistics.fmean(column) - mean) > 0.01 * std
-                        for column, (mean, std) in zip(zip(*rows), expected)
+                        for column, (mean, std) in zip(zip(*rows, strict=True), expected, strict=True)
                     ):
                         found.append(f"the rows of {table} are not where their schema says")
                 oldest = time.time() - database.execute("SELECT min(updated_at) FROM features").fetchone()[0]
