@@ -11,6 +11,7 @@ from mlchaos_dagster.catalog import Catalog
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.faults import ALIASES, FAULTS
 from mlchaos_dagster.domain.spec import AbortCondition, Experiment, Objective, Suite
+from mlchaos_dagster.domain.stages import Progressive
 from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
 
 TARGET = Path(__file__).parents[2] / "docs" / "experiments.md"
@@ -28,10 +29,10 @@ it, `mlchaos init DIR` begins a library of your own. The sandbox shortens long w
 def text(catalog: Catalog) -> str:
     """The whole page."""
     environment = catalog.environment("sandbox")
-    experiments = catalog.experiments()
-    parts = [_HEAD, _overview(experiments, environment)]
-    parts += [_experiment(e, environment) for e in experiments]
-    parts += ["## Suites\n", _suites(catalog.suites()), "## Faults\n", _faults(environment)]
+    written = catalog.written()
+    parts = [_HEAD, _overview(written, environment)]
+    parts += [_experiment(s, environment) if isinstance(s, Experiment) else _in_stages(s, environment) for s in written]
+    parts += ["## Suites\n", _suites(catalog.suites(expanded=False)), "## Faults\n", _faults(environment)]
     parts += [f"## The environment `{environment.name}`\n", _environment(environment)]
     return "\n".join(parts)
 
@@ -42,27 +43,57 @@ def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"
 
 
-def _overview(experiments: list[Experiment], environment: Environment) -> str:
+def _overview(written: list[Experiment | Progressive], environment: Environment) -> str:
     rows = [
         (
             f"[`{e.name}`](#{e.name})",
             e.title,
             f"`{e.fault.kind}` on `{e.target}`",
-            f"{show_duration(e.duration)} ({show_duration(environment.scaled(e.duration))} in the sandbox)",
+            _window(e, environment),
             e.teeth.mechanism if e.teeth else "–",
         )
-        for e in experiments
+        for e in written
     ]
     return _table(("experiment", "what it says", "fault", "window", "mechanism it validates"), rows)
 
 
-def _experiment(e: Experiment, environment: Environment) -> str:
-    params = ", ".join(f"{k} {v}" for k, v in _params(e) if v is not None)
+def _window(spec: Experiment | Progressive, environment: Environment) -> str:
+    ones = [spec] if isinstance(spec, Experiment) else spec.experiments()
+    asked = ", ".join(show_duration(e.duration) for e in ones)
+    return f"{asked} ({', '.join(show_duration(environment.scaled(e.duration)) for e in ones)} in the sandbox)"
+
+
+def _in_stages(p: Progressive, environment: Environment) -> str:
+    """What all stages share, as of any experiment, and a table of what each asks for itself."""
+    ones = p.experiments()
+    rows = [
+        (
+            f"`{e.name}`",
+            stage.name or "–",
+            _radius(e),
+            _window(e, environment),
+            "; ".join(_objective(o, environment) for o in e.steady_state),
+            f"`{e.depends_on}` has held" if e.depends_on else "–",
+        )
+        for e, stage in zip(ones, p.stages, strict=True)
+    ]
+    stages = _table(("stage", "", "blast radius", "window", "steady state", "starts only after"), rows)
+    shared = ones[0].model_copy(update={"name": p.name, "title": p.title})
+    text = _experiment(shared, environment, without=("blast radius", "steady state"))
+    return f"{text}\n{stages}"
+
+
+def _radius(e: Experiment) -> str:
     radius = e.blast_radius
     hit = f"{show_percent(radius.fraction, 0)} of the targets" if radius.fraction else f"{radius.count} target(s)"
+    return f"{hit}, never more than {radius.max_targets}"
+
+
+def _experiment(e: Experiment, environment: Environment, without: tuple[str, ...] = ()) -> str:
+    params = ", ".join(f"{k} {v}" for k, v in _params(e) if v is not None)
     rows = [
         ("fault", f"`{e.fault.kind}`{f' ({params})' if params else ''} on `{e.target}`"),
-        ("blast radius", f"{hit}, never more than {radius.max_targets}"),
+        ("blast radius", _radius(e)),
         ("steady state", "; ".join(_objective(o, environment) for o in e.steady_state)),
         ("must be seen", "; ".join(str(x) for x in e.expect) or "the fault's own effect"),
         ("recovery", f"steady again within {show_duration(e.recovery.within)}"),
@@ -71,8 +102,11 @@ def _experiment(e: Experiment, environment: Environment) -> str:
     if e.teeth:
         off = ", ".join(f"`{m}`" for m in (e.teeth.mechanism, *e.teeth.also_off))
         rows.append(("teeth", f"with {off} switched off it must fail, and name `{e.teeth.breaks}`"))
+    if e.depends_on:
+        rows.append(("waits for", f"`{e.depends_on}` to have held within {show_duration(e.depends_within)}"))
     if e.prerequisites:
         rows.append(("prerequisites", "; ".join(e.prerequisites)))
+    rows = [row for row in rows if row[0] not in without]
     return f"### {e.name}\n\n{e.title}.\n\n> {e.hypothesis}\n\n{_table(('', ''), rows)}"
 
 
@@ -99,7 +133,8 @@ def _suites(suites: list[Suite]) -> str:
             when += f", only {plan.window}"
         if plan is not None and plan.min_interval:
             when += f", at least {show_duration(plan.min_interval)} apart"
-        rows.append((f"`{s.name}`", s.title, ", ".join(f"`{n}`" for n in s.experiments), when))
+        names = "every experiment of the library" if s.everything else ", ".join(f"`{n}`" for n in s.experiments)
+        rows.append((f"`{s.name}`", s.title, names, when))
     return _table(("suite", "what for", "experiments", "when"), rows)
 
 
