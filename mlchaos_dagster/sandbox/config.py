@@ -31,7 +31,8 @@ MECHANISMS = (
 - ``restart``: the supervisor restarts a process that exited (proxies, which are the network, always are).
 - ``breaker``: circuit breaker on the feature store, and ejection of single replicas that fail again and again.
 - ``fallback``: features that were seen before answer when the feature store does not.
-- ``retries``: a second try at the feature store; up to two more tries on other replicas.
+- ``retries``: a second try at the feature store; up to two more tries on other replicas; a trainer repeats what the
+  object store refused, and goes on from memory meanwhile; off = the first failed request ends it.
 - ``readiness``: balance over ready replicas only; off = over all replicas, ready or not.
 - ``checkpoints``: a trainer writes checkpoints and resumes from the last valid one; off = it begins anew.
 - ``data_validation``: a trainer checks its data against the manifest; off = it trains on what it gets.

@@ -13,7 +13,7 @@ import struct
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-_FORMAT = "<qqqqqqdddd"
+_FORMAT = "<qqqqqqqqqddddd"
 _SIZE = struct.calcsize(_FORMAT)
 
 
@@ -31,6 +31,13 @@ class Progress:
     checkpoint_step: int = 0
     lost_steps: int = 0
     """Steps done before the last death that had to be done again."""
+    checkpoints_skipped: int = 0
+    """Damaged ones, when it last looked for one to resume from."""
+    bad_shards: int = 0
+    """Set aside now."""
+    store_failures: int = 0
+    """Requests to the object store that failed, of this process."""
+    loss: float = 0.0
     checkpoint_at: float = 0.0
     started_at: float = 0.0
     """When this process began to train."""

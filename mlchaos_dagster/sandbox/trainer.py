@@ -49,7 +49,8 @@ class Trainer:
         """
         name, token, mechanisms = str(config["name"]), str(config["token"]), config["mechanisms"]
         number = int(name.rpartition("-")[2]) - 1
-        tries = _TRIES if mechanisms["retries"] else 1
+        self._patient = bool(mechanisms["retries"])
+        tries = _TRIES if self._patient else 1
         sandbox = int.from_bytes(hashlib.sha256(token.encode()).digest()[:7], "big")
         self.progress = ProgressFile(path_of(Path.cwd(), name), sandbox)
         self.learner = Learner(int(config["seed"]), number)
@@ -66,7 +67,12 @@ class Trainer:
         self._recent: deque[float] = deque()
 
     async def run(self) -> None:
-        """Train for ever. Raises BadShard: without validation, data that cannot be read ends the worker."""
+        """Train for ever.
+
+        Raises:
+            BadShard: without validation, data that cannot be read ends the worker.
+            S3Error, S3Unavailable: without retries, the first request that fails does.
+        """
         before = self.progress.step
         if self.keeps_checkpoints:
             self._say(False, "looking for the last checkpoint")
@@ -108,6 +114,8 @@ class Trainer:
             try:
                 return await asyncio.to_thread(work)
             except _STORE_DOWN as error:
+                if not self._patient:
+                    raise
                 self._say(False, f"waiting for the object store: {error}")
                 await asyncio.sleep(_AGAIN_S)
 
@@ -117,6 +125,7 @@ class Trainer:
         progress.step, progress.checkpoint_step, progress.started_at = step, self.resumed_from, now
         if not self.resumed_from:
             progress.checkpoint_at = 0.0
+        progress.checkpoints_skipped, progress.loss = self.shelf.skipped, self.learner.loss
         progress.rate, progress.updated_at, progress.pid = 0.0, now, os.getpid()
         progress.write()
 
@@ -136,6 +145,8 @@ class Trainer:
             progress, step = self.progress, self.learner.step_number
             progress.step, progress.best = step, max(step, progress.best)
             progress.rate, progress.updated_at = float(len(self._recent)), now
+            progress.loss, progress.bad_shards = self.learner.loss, len(self.reader.bad)
+            progress.store_failures = self.data.failures + self.store.failures
             progress.write()
             due = max(due + _STEP_S, now)  # what a busy machine has kept from us is not made up for
             await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -146,7 +157,9 @@ class Trainer:
             try:
                 await asyncio.to_thread(self.reader.read)
             except _STORE_DOWN:
-                continue  # training goes on from memory
+                if not self._patient:
+                    raise
+                # Training goes on from memory.
 
     async def _save(self) -> None:
         while True:
@@ -158,6 +171,8 @@ class Trainer:
             try:
                 await asyncio.to_thread(self.shelf.save, step, state)
             except _STORE_DOWN:
+                if not self._patient:
+                    raise
                 self.checkpoint_failures += 1
                 continue
             self.checkpoints += 1

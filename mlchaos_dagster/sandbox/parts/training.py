@@ -19,7 +19,6 @@ def _read(view: View) -> dict[str, float]:
     # A worker that never lived in this sandbox may have left a file in the one before.
     told = {name: read(path_of(view.directory, name)) for name, slot in slots.items() if slot.last_port}
     known = {name: progress for name, progress in told.items() if progress is not None and progress.started_at}
-    states = [view.states[name] for name in slots if name in view.states]
     found: dict[str, float] = {"training_workers_ready": sum(slot.ready for slot in slots.values())}
     if len(known) == len(WORKERS):
         alive = {name for name, progress in known.items() if slots[name].running and progress.pid == slots[name].pid}
@@ -33,12 +32,10 @@ def _read(view: View) -> dict[str, float]:
             "steps_behind": sum(max(0, p.best - steps[name]) for name, p in known.items()),
             "lost_steps": max(p.lost_steps for p in known.values()),
             "checkpoint_age": max(now - (p.checkpoint_at or p.started_at) for p in known.values()),
-        }
-    if states:
-        found |= {
-            "training_loss": max(state["loss"] for state in states),
-            "bad_shards": sum(state["bad_shards"] for state in states),
-            "checkpoints_skipped": sum(state["checkpoints_skipped"] for state in states),
+            "checkpoints_skipped": sum(p.checkpoints_skipped for p in known.values()),
+            "training_loss": max(p.loss for p in known.values()),
+            "bad_shards": sum(p.bad_shards for p in known.values()),
+            "store_failures": sum(p.store_failures for p in known.values()),
         }
     return found
 
@@ -59,6 +56,7 @@ PART = Part(
         "steps_behind",
         "bad_shards",
         "checkpoints_skipped",
+        "store_failures",
     ),
     read=_read,
 )
