@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from mlchaos_dagster.domain.environment import VALUE_MEASURES, Environment
+from mlchaos_dagster.domain.faults import ON_LINKS
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
 from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
@@ -118,9 +119,9 @@ class _Found:
             self._fits(kind)
 
     def _fits(self, kind: str) -> None:
-        """In the sandbox a network fault needs links, and a pod fault processes."""
+        """In the sandbox some faults need links, and the others processes."""
         name, targets = self.experiment.target, self.environment.targets
-        network = kind.startswith("network_")
+        network = kind in ON_LINKS
         if network == targets[name].is_link:
             return
         needed, is_there = ("links", "processes") if network else ("processes", "links")

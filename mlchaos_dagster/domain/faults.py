@@ -326,6 +326,19 @@ FAULTS: dict[str, type[FaultBase]] = {
 }
 """Kind → class."""
 
+ON_LINKS = frozenset(
+    {
+        "network_latency",
+        "network_loss",
+        "network_partition",
+        "database_unavailable",
+        "s3_unavailable",
+        "s3_slow",
+        "s3_throttled",
+    }
+)
+"""Faults that, in the sandbox, are on links between processes; all others are on what is at their ends."""
+
 MOMENTARY = frozenset({"bad_model", "container_kill", "certificate_rotation", "credential_rotation"})
 """Acts, over when they fired, however long their window is and whatever the platform does about them meanwhile;
 `pod_delete` without an interval is one, too."""

@@ -25,7 +25,7 @@ from .service import Service
 _EVERY_S = 0.1
 _AGAIN_S = (0.1, 0.3)
 _GIVE_UP_S = 10.0
-_RESULTS_S = 0.25
+_RESULTS_S = 0.4
 _ASK_AFTER_S = _GIVE_UP_S + 1.0
 """A job that is silent this long is asked for by its key: nobody tries to submit it any more."""
 _RECENT_S = 5.0

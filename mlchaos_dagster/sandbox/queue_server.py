@@ -25,9 +25,9 @@ from .job_store import Job, JobStore
 from .lifeline import Lifeline
 from .service import Service
 
-_FULL = 100
+_FULL = 60
 _TTL_S = 5.0
-"""Above what a full queue needs: 100 jobs by two workers at 33 a second each are done in about 1.5 s."""
+"""Above what a full queue needs: 60 jobs by two workers at about 30 a second each are done in a second."""
 _LEASE_S = 2.0
 _HOLD_S = 1.0
 """How long a worker's request waits for a job."""

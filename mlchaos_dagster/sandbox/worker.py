@@ -18,7 +18,7 @@ from .service import TOKEN_HEADER, Service
 
 _EACH_S = 0.03
 """A worker's share of the machine: one job in this time, however fast it scores."""
-_SAMPLES = 200
+_SAMPLES = 50
 _ANSWER_S = 3.0
 _UNANSWERED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
 
