@@ -169,12 +169,14 @@ class Catalog:
 
     def written(self) -> list[Spec]:
         """The experiments as they were written, with their stages, by name. Raises SpecError with all problems."""
+        self._runnable()
         return [p.value for p in self._written.all()]
 
     def experiments(self) -> list[Experiment]:
         """All that can be run, by name; every stage is one. Raises SpecError with the problems of all files."""
+        found = self._runnable()
         self._written.all()
-        return [p.value for p in self._runnable().values()]
+        return [p.value for p in found.values()]
 
     def environments(self) -> list[Environment]:
         """All, by name. Raises SpecError with the problems of all files."""
