@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -28,7 +29,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from mlchaos_dagster.domain.environment import S3Location, Target
-from mlchaos_dagster.drivers import s3_client, s3_objects
+from mlchaos_dagster.drivers import s3, s3_client, s3_objects
 from mlchaos_dagster.drivers.s3 import S3Driver
 from mlchaos_dagster.drivers.s3_damage import damaged
 from mlchaos_dagster.engine.ports import Lease, Owner, no_step
@@ -73,7 +74,7 @@ class Store:
     def put(self, key: str, body: bytes, **more: Any) -> None:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=body, **more)
 
-    def fill(self, count: int = 12, prefix: str = "data/") -> None:
+    def fill(self, count: int = 8, prefix: str = "data/") -> None:
         rng = random.Random(7)
         for i in range(count):
             self.put(f"{prefix}part-{i:03}", rng.randbytes(1500 + i), ContentType="text/csv", Metadata={"who": "team"})
@@ -102,7 +103,7 @@ class Store:
         )
         return Target(select=more.pop("select", "*"), s3=location.model_copy(update=more))
 
-    def lease(self, how: str = "random_bytes", fraction: float = 0.5, prefix: str = "", **more: Any) -> Lease:
+    def lease(self, how: str = "random_bytes", fraction: float = 0.75, prefix: str = "", **more: Any) -> Lease:
         params = {"fraction": fraction, "prefix": prefix, "how": how}
         lease_id = f"mlchaos-{uuid.uuid4().hex[:10]}"
         targets = (f"s3://{self.bucket}",)
@@ -175,12 +176,12 @@ def test_damage_is_real_and_goes_with_its_version(store: Store, how: str) -> Non
     assert size == lease.undo["objects"][0]["size"] // 2 if how == "truncate" else size > 1400
     seen = driver.active(lease)
     assert (seen.present, seen.effective) == (True, True)
-    assert seen.lines[0] == f"6 of 12 objects under s3://{store.bucket}/data/ are damaged ({how})"
+    assert seen.lines[0] == f"6 of 8 objects under s3://{store.bucket}/data/ are damaged ({how})"
 
     fresh = store.driver()
     fresh.recover(lease)
     assert store.snapshot() == before
-    assert store.versions() == 13, "nothing of ours is left among the older versions"
+    assert store.versions() == 9, "nothing of ours is left among the older versions"
     seen = fresh.active(lease)
     assert (seen.present, seen.effective) == (False, False)
     assert seen.lines == ("6 of 6 objects: version id as before; SHA-256 of 6 read: as before",)
@@ -222,7 +223,7 @@ def test_what_others_write_or_delete_meanwhile_stays(store: Store) -> None:
     assert after.pop(overwritten) == theirs[overwritten]
     assert after.pop(mended) == theirs[mended]
     assert after == {key: it for key, it in before.items() if key not in (overwritten, mended, deleted)}
-    assert store.versions() == 14, "12 originals, two of theirs, none of ours"
+    assert store.versions() == 10, "8 originals, two of theirs, none of ours"
     seen = store.driver().active(lease)
     assert not seen.present
     assert seen.lines[0].startswith("3 of 6 objects: version id as before")
@@ -250,10 +251,10 @@ def test_what_changed_before_the_fault_is_left_alone(store: Store) -> None:
     assert during[raced] == hashlib.sha256(b"between the look and the write").hexdigest()
     assert gone not in during
     seen = store.driver().active(lease)
-    assert seen.lines[0].startswith("3 of 12 objects")
+    assert seen.lines[0].startswith("3 of 8 objects")
     assert "3 had been changed by others before the fault and were left alone" in seen.lines
     store.driver().recover(lease)
-    assert store.versions() == 14
+    assert store.versions() == 10
 
 
 def test_a_store_that_ignores_if_match(store: Store) -> None:
@@ -270,7 +271,7 @@ def test_a_store_that_ignores_if_match(store: Store) -> None:
     before = store.snapshot()
     store.driver().inject(lease)
     seen = store.driver().active(lease)
-    assert seen.lines[0].startswith("5 of 12 objects")
+    assert seen.lines[0].startswith("5 of 8 objects")
     assert "this store ignores If-Match: each object was looked at just before it was written instead" in seen.lines
     assert store.snapshot()[early] == before[early]
     store.driver().recover(lease)
@@ -293,13 +294,13 @@ def test_all_objects_changed_is_no_fault(store: Store) -> None:
 @pytest.mark.parametrize("how", ["truncate", "swap"])
 def test_without_versions_the_backup_is_put_back(store: Store, how: str) -> None:
     store.create(versioning=None)
-    store.fill(10)
-    for i in range(10):
+    store.fill(6)
+    for i in range(6):
         store.client.put_object_tagging(
             Bucket=store.bucket, Key=f"data/part-{i:03}", Tagging={"TagSet": [{"Key": "a b", "Value": f"c+{i}"}]}
         )
     before = store.contents()
-    lease = store.lease(how, fraction=0.4)
+    lease = store.lease(how, fraction=0.6)
     store.driver().inject(lease)
     assert sum(sha != before[key] for key, sha in store.contents().items()) == 4
     assert store.driver().active(lease).effective
@@ -339,6 +340,22 @@ def test_without_versions_and_without_room_for_a_backup_it_is_refused(
         store.lease()
 
 
+def test_without_versions_a_write_just_before_the_backup_is_put_back_stays(store: Store) -> None:
+    store.create(versioning=None)
+    store.fill(2)
+    lease = store.lease(fraction=0.5)
+    store.driver().inject(lease)
+    (key,), looks = touched(lease), itertools.count(1)
+
+    def write_first(**_: Any) -> None:
+        if next(looks) == 2:
+            store.put(key, b"newer, by somebody else")
+
+    hook("before-call.s3.HeadObject", write_first)
+    store.driver().recover(lease)
+    assert store.contents()[key] == hashlib.sha256(b"newer, by somebody else").hexdigest()
+
+
 def test_a_damaged_backup_is_not_put_back(store: Store) -> None:
     store.create(versioning=None)
     store.fill(5)
@@ -355,7 +372,7 @@ def test_a_damaged_backup_is_not_put_back(store: Store) -> None:
 
 def test_halted_halfway_nothing_is_under_way_any_more(store: Store) -> None:
     store.create()
-    store.fill(30)
+    store.fill(24)
     before, lease = store.snapshot(), store.lease(fraction=1.0)
     sent: list[float] = []
     hook("before-send.s3.PutObject", lambda **_: sent.append(time.monotonic()))
@@ -370,11 +387,11 @@ def test_halted_halfway_nothing_is_under_way_any_more(store: Store) -> None:
             store.driver().inject(lease, step)
     ended = time.monotonic()
     during = store.versions()
-    assert 30 < during < 60
+    assert 24 < during < 48
     assert max(sent) < ended
     store.driver().recover(lease)
     assert store.snapshot() == before
-    assert store.versions() == 30
+    assert store.versions() == 24
 
 
 class Killed(BaseException):
@@ -384,8 +401,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("versioning", ["Enabled", None])
 @pytest.mark.parametrize("verb", ["inject", "recover"])
 def test_killed_at_any_request_another_process_restores_everything(
-    store: Store, verb: str, versioning: str | None
+    store: Store, verb: str, versioning: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3, "_LATE_S", 0.05)  # no request of the dead is under way here
     store.create(versioning)
     store.fill(5)
     before = store.snapshot()
@@ -412,27 +430,25 @@ def test_killed_at_any_request_another_process_restores_everything(
             assert store.versions() == 5
 
 
-def test_a_request_of_the_dead_that_comes_late_is_taken_back_too(store: Store) -> None:
+def test_a_request_of_the_dead_that_comes_late_is_taken_back_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.create()
     store.fill(5)
     before, lease = store.snapshot(), store.lease(fraction=1.0)
     store.driver().inject(lease)
     (Path(lease.undo["backup"]) / "injected").unlink()
-    key, reads = touched(lease)[-1], threading.Event()
+    key, late = touched(lease)[-1], [2, 1]
 
-    def late() -> None:
-        reads.wait(10)
-        store.put(key, b"noise", Metadata={s3_objects.MARK: lease.id})
+    def pause(seconds: float) -> None:
+        """While recovery waits, first two and then one of the requests come through."""
+        assert seconds > 0
+        for _ in range(late.pop(0) if late else 0):
+            store.put(key, b"noise", Metadata={s3_objects.MARK: lease.id})
 
-    def look_again(**_: Any) -> None:
-        reads.set()
-
-    thread = threading.Thread(target=late)
-    thread.start()
-    hook("after-call.s3.DeleteObject", look_again)
+    monkeypatch.setattr(s3, "time", SimpleNamespace(sleep=pause, time=time.time))
     store.driver().recover(lease)
-    thread.join()
+    assert not late
     assert store.snapshot() == before
+    assert store.versions() == 5
 
 
 def test_a_request_without_an_answer_fails_the_injection_and_keeps_the_injection_open(store: Store) -> None:
