@@ -42,6 +42,11 @@ FAULTS = {
     "feature-drift": "feature_drift",
     "feature-nulls": "feature_nulls",
     "feature-stale": "feature_stale",
+    "training-pod-delete": "pod_delete",
+    "training-data-corruption": "s3_object_corruption",
+    "object-store-unavailable": "s3_unavailable",
+    "object-store-slow": "s3_slow",
+    "object-store-throttled": "s3_throttled",
 }
 """Experiment → its fault kind: every kind has at least one."""
 WITHOUT_DEADLINE = {

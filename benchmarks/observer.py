@@ -35,6 +35,20 @@ def answer_time(port: int, path: str = "/healthz", timeout_s: float = SLOW_S) ->
     return took if b" 200 " in head.split(b"\r\n")[0] + b" " and took <= timeout_s else None
 
 
+def throttles(port: int) -> bool:
+    """Whether one of ten requests over a bare socket is answered 503: that is a share, not an answer time."""
+    for _ in range(10):
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=SLOW_S) as s:
+                s.settimeout(SLOW_S)
+                s.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                if b" 503 " in s.recv(64).split(b"\r\n")[0]:
+                    return True
+        except OSError:
+            return False  # no answer at all is somebody else's word
+    return False
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs (zombies do not)."""
     try:
@@ -96,6 +110,11 @@ class Observer:
             if all(answer_time(port) is None for _ in range(3)):
                 found.append(name)
         return found
+
+    def throttled_links(self) -> list[str]:
+        """Links to a store that answer in its place."""
+        links = self.state().get("link_ports", {})
+        return [name for name, port in links.items() if name.endswith("->object-store") and throttles(port)]
 
     def platform_gone(self) -> bool:
         """Neither the supervisor nor any of its children runs."""
@@ -177,6 +196,7 @@ class Observer:
             left
             + [f"truth log: {lease} on {who}" for lease, who in self.live_faults()]
             + [f"link {name} does not answer in {SLOW_S:g} s" for name in self.bad_links()]
+            + [f"link {name} throttles" for name in self.throttled_links()]
         )
 
     def fault_seen(self) -> bool:
