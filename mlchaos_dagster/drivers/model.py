@@ -63,7 +63,7 @@ class ModelDriver:
         if kind == "bad_model":
             return model_registry.undo(target, self.directory, backup)
         if target.s3 is None:
-            return model_files.undo(targets, backup)
+            return model_files.undo(targets, str(params["how"]), backup)
         every = {**params, "fraction": 1.0}
         return self._s3.undo("s3_object_corruption", targets, every, target=target, backup=backup, step=step)
 

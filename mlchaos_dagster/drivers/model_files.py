@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ class Original:
     size: int
     sha256: str
     copy: str
+    seed: str
+    """Of the damage."""
+    damaged_sha256: str
+    """Known before anything is damaged: so that our damage can be told from others' writes though the copy be lost."""
 
 
 def resolve(directory: Path, select: str) -> tuple[str, ...]:
@@ -38,8 +43,8 @@ def resolve(directory: Path, select: str) -> tuple[str, ...]:
     return tuple(sorted(f"{PREFIX}{path}" for path in found if path.is_file()))
 
 
-def undo(targets: Sequence[str], backup: Path) -> dict[str, Any]:
-    """Copy every file to `backup`, fsynced and read back.
+def undo(targets: Sequence[str], how: str, backup: Path) -> dict[str, Any]:
+    """Copy every file to `backup`, fsynced and read back, and note what its damage will be.
 
     Raises:
         DriverError: a file is empty or cannot be copied; it must not be damaged then.
@@ -58,7 +63,9 @@ def undo(targets: Sequence[str], backup: Path) -> dict[str, Any]:
             size = copy.stat().st_size
             if not size:
                 raise DriverError(f"{path} is empty: there is nothing to damage", driver="model", verb="undo")
-            originals.append(Original(str(path), size, digest, str(copy.resolve())))
+            seed = uuid.uuid4().hex
+            worse = _digest(damaged(_chunks(copy), size, how, seed))
+            originals.append(Original(str(path), size, digest, str(copy.resolve()), seed, worse))
         (backup / "armed").write_text("")
         sync_directory(backup)
     except OSError as e:
@@ -101,7 +108,7 @@ def recover(lease: Lease) -> None:
         path, copy = Path(original.path), Path(original.copy)
         with contextlib.suppress(OSError):
             _partial(path, lease.id).unlink()
-        if not _is_ours(lease, original):
+        if not _is_ours(original):
             continue
         try:
             if sha256_of(copy) != original.sha256:
@@ -113,7 +120,7 @@ def recover(lease: Lease) -> None:
 
 def active(lease: Lease) -> Evidence:
     """What the files are now, by their SHA-256."""
-    ours = [o for o in originals_of(lease) if _is_ours(lease, o)]
+    ours = [o for o in originals_of(lease) if _is_ours(o)]
     lines: list[str] = []
     for original in originals_of(lease):
         now = sha256_of(Path(original.path))
@@ -153,23 +160,13 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _is_ours(lease: Lease, original: Original) -> bool:
-    """Whether the file is what this lease made of it: the damage is made from the copy and the lease's name alone."""
-    try:
-        if Path(original.path).stat().st_size != _damaged_size(lease, original):
-            return False
-        return sha256_of(Path(original.path)) == _digest(_damaged(lease, original))
-    except OSError:
-        return False
+def _is_ours(original: Original) -> bool:
+    """Whether the file is what the fault made of it."""
+    return sha256_of(Path(original.path)) == original.damaged_sha256
 
 
 def _damaged(lease: Lease, original: Original) -> Iterator[bytes]:
-    seed = f"{lease.id}:{original.path}"
-    return damaged(_chunks(Path(original.copy)), original.size, str(lease.params["how"]), seed)
-
-
-def _damaged_size(lease: Lease, original: Original) -> int:
-    return original.size // 2 if lease.params["how"] == "truncate" else original.size
+    return damaged(_chunks(Path(original.copy)), original.size, str(lease.params["how"]), original.seed)
 
 
 def _partial(path: Path, lease_id: str) -> Path:
