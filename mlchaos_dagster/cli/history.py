@@ -21,7 +21,8 @@ def command(experiment: str | None, last: int) -> None:
 
     app = current()
     store = RecordStore(app.settings.home.records)
-    wanted = (pair for pair in store.all() if experiment in (None, pair[0].experiment.name))
+    names = {experiment, *app.catalog.expand(experiment)} if experiment else set[str | None]()
+    wanted = (pair for pair in store.all() if not names or pair[0].experiment.name in names)
     runs = list(islice(wanted, last))
     rows: list[dict[str, str | None]] = []
     for record, verdict in runs:

@@ -91,7 +91,7 @@ class Stopper:
 
         places = self.places
         runs, leases = places.active.running(), places.ledger.leases()
-        ids = matching(run, runs, leases)
+        ids = matching(run, runs, leases) or self._of_stages(run, runs, leases)
         if not ids:
             self._not_running(run)
             return []
@@ -107,6 +107,15 @@ class Stopper:
         for run_id in ids - alive:
             places.stops.forget(run_id)  # it left before it was asked, or was killed: nobody else would
         return results
+
+    def _of_stages(self, run: str, runs: Sequence[ActiveRun], leases: Sequence[Lease]) -> set[str]:
+        """Whichever stage of an experiment in stages is running; a library that is wrong keeps nobody from stopping."""
+        from mlchaos_dagster.cli.places import matching
+
+        with contextlib.suppress(SpecError):
+            names = self.places.app.catalog.expand(run)
+            return {i for name in names if name != run for i in matching(name, runs, leases)}
+        return set()
 
     def _not_running(self, run: str) -> None:
         try:

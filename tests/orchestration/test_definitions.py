@@ -74,6 +74,15 @@ def test_lineage_reads_down_the_graph(definitions: dg.Definitions) -> None:
         assert graph.get(dg.AssetKey(["sim", "one", after])).parent_keys == {dg.AssetKey(["sim", "one", before])}
 
 
+@pytest.mark.req("R3-10")
+def test_lineage_shows_what_an_experiment_waits_for(tmp_path: Path) -> None:
+    """A stage comes after the verdict of the stage before, of the same environment."""
+    library = Library((environment(),), (experiment("one"), experiment("two", depends_on="one")))
+    graph = build_definitions(library, SimPlatform(tmp_path)).resolve_asset_graph()
+    assert graph.get(dg.AssetKey(["sim", "two", "experiment"])).parent_keys == {dg.AssetKey(["sim", "one", "verdict"])}
+    assert graph.get(dg.AssetKey(["sim", "one", "experiment"])).parent_keys == set()
+
+
 def test_what_people_see_of_an_asset(definitions: dg.Definitions) -> None:
     node = definitions.resolve_asset_graph().get(dg.AssetKey(["sim", "one", "verdict"]))
     assert node.group_name == "serving" and node.owners == ["ml-platform@example.com"]

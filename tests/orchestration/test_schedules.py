@@ -68,6 +68,20 @@ def test_run_keys_never_repeat(schedule: Any, platform: SimPlatform, instance: d
     assert not set(first) & {r.run_key for r in other.run_requests}
 
 
+@pytest.mark.req("R3-10")
+def test_stages_are_requested_in_their_order(platform: SimPlatform, instance: dg.DagsterInstance) -> None:
+    """One run each, the earlier stage with the higher priority; the queue lets one into an environment at a time."""
+    stages = [experiment(f"p-{i}", **({"depends_on": f"p-{i - 1}"} if i > 1 else {})) for i in (1, 2, 3)]
+    suite = SUITE.model_copy(update={"experiments": tuple(e.name for e in stages)})
+    library = Library((environment(),), (stages[2], stages[0], stages[1]), (suite,))
+    schedule = build_definitions(library, platform).get_repository_def().get_schedule_def("nightly__sim_schedule")
+    requests = evaluate(schedule, platform, instance, at(23, 2), at(23, 2)).run_requests
+    assert [r.tags[keys.TAG_EXPERIMENT] for r in requests] == ["p-1", "p-2", "p-3"]
+    priorities = [int(r.tags["dagster/priority"]) for r in requests]
+    assert priorities == sorted(priorities, reverse=True) and len(set(priorities)) == 3
+    assert {r.tags[keys.TAG_ENVIRONMENT] for r in requests} == {"sim"}
+
+
 def test_the_last_run_is_read_from_the_history(schedule: Any, platform: SimPlatform) -> None:
     with dg.instance_for_test() as instance:
         tags = {keys.TAG_SUITE: "nightly", keys.TAG_ENVIRONMENT: "sim"}
