@@ -128,6 +128,7 @@ def sandbox_config(environment: Environment) -> SandboxConfig:
             replicas=options.replicas,
             mechanisms={str(k): v for k, v in options.mechanisms.items()},
             memory_limit_bytes=options.memory_limit,
+            object_store=options.object_store.model_dump() if options.object_store is not None else {},
         )
     except SandboxConfigError as e:
         raise ConfigError(f"the sandbox of environment {environment.name}: {e}") from e

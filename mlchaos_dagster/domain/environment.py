@@ -257,6 +257,16 @@ class Safety(Model):
     """Added to the window for the backend's own deadline, so that it never ends a healthy window early."""
 
 
+class ExternalStore(Model):
+    """An S3 endpoint that the sandbox uses in place of its own store. Its buckets are made where they are missing."""
+
+    endpoint: Annotated[str, Field(pattern="^https?://")]
+    access_key: Annotated[str, Field(pattern="^(env|file):.")]
+    """`env:NAME` or `file:PATH`."""
+    secret_key: Annotated[str, Field(pattern="^(env|file):.")]
+    region: str = "us-east-1"
+
+
 class SandboxOptions(Model):
     """Configuration of the embedded platform."""
 
@@ -265,6 +275,8 @@ class SandboxOptions(Model):
     """Resilience mechanisms switched off with `false`."""
     memory_limit: Annotated[Size, Field(ge=64 * 2**20)] = 400 * 2**20
     """Of each inference replica; above it the platform kills what runs inside. It needs about 160Mi itself."""
+    object_store: ExternalStore | None = None
+    """Absent: an S3 API of its own, in memory."""
 
 
 class Prometheus(Model):

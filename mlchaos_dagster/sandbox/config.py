@@ -108,6 +108,9 @@ class SandboxConfig:
     """Of each inference replica, with what runs inside its limit; it needs about 160 MiB itself (see ``limits``)."""
     seed: int = 7
     """Seed of the features, the training data and the model."""
+    object_store: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    """An S3 endpoint in place of the embedded store: ``endpoint``, ``access_key`` and ``secret_key`` (``env:NAME`` or
+    ``file:PATH``), ``region``. Empty: the embedded one."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.mechanisms) - set(MECHANISMS))
@@ -121,6 +124,7 @@ class SandboxConfig:
         _integer("entities", self.entities, 1, 100_000)
         _integer("memory_limit_bytes", self.memory_limit_bytes, 2**24, 2**50)
         _integer("seed", self.seed, 0, 2**31 - 1)
+        _object_store(self.object_store)
         for name in (
             "deadline_s",
             "feature_timeout_s",
@@ -154,7 +158,24 @@ class SandboxConfig:
         """Plain data that ``from_dict`` takes back."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain["mechanisms"] = dict(self.mechanisms)
+        plain["object_store"] = dict(self.object_store)
         return plain
+
+
+def _object_store(given: Mapping[str, str]) -> None:
+    if not given:
+        return
+    needed = ("endpoint", "access_key", "secret_key")
+    for name in needed:
+        if name not in given:
+            raise SandboxConfigError(f"object_store needs {', '.join(needed)}; {name} is missing")
+    if unknown := sorted(set(given) - {*needed, "region"}):
+        raise SandboxConfigError(f"unknown field object_store.{unknown[0]}; allowed: {', '.join(needed)}, region")
+    if not given["endpoint"].startswith(("http://", "https://")):
+        raise SandboxConfigError(f"object_store.endpoint must be http://… or https://…, not {given['endpoint']!r}")
+    for name in needed[1:]:
+        if not given[name].startswith(("env:", "file:")):
+            raise SandboxConfigError(f"object_store.{name} must be a reference: env:NAME or file:PATH")
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

@@ -26,13 +26,20 @@ def credentials(child_token: str) -> tuple[str, str]:
 
 
 def sign(
-    method: str, path: str, query: str, headers: Mapping[str, str], payload_sha256: str, access: str, secret: str
+    method: str,
+    path: str,
+    query: str,
+    headers: Mapping[str, str],
+    payload_sha256: str,
+    access: str,
+    secret: str,
+    region: str = REGION,
 ) -> dict[str, str]:
     """The headers to add to a request with this (quoted) path and query; ``headers`` are signed, Host must be there."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     signed = {name.lower(): value for name, value in headers.items()}
     signed |= {"x-amz-date": stamp, "x-amz-content-sha256": payload_sha256}
-    scope = f"{stamp[:8]}/{REGION}/s3/aws4_request"
+    scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     names = ";".join(sorted(signed))
     signature = _signature(method, path, query, signed, names, payload_sha256, scope, stamp, secret)
     authorization = f"{_ALGORITHM} Credential={access}/{scope}, SignedHeaders={names}, Signature={signature}"

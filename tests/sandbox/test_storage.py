@@ -7,12 +7,15 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlchaos_dagster.sandbox import training_data
-from mlchaos_dagster.sandbox.api import read_state
+from mlchaos_dagster.sandbox.api import SandboxConfig, read_state
+from mlchaos_dagster.sandbox.config import SandboxConfigError
+from mlchaos_dagster.sandbox.object_backends import Endpoint, Unreachable, build, seed
 from mlchaos_dagster.sandbox.s3 import S3, S3Error, S3Unavailable
 from mlchaos_dagster.sandbox.sigv4 import credentials, refusal, sign
 
@@ -118,6 +121,32 @@ def test_a_store_that_died_comes_back_with_what_was_seeded_and_nothing_else(
     assert connect().list_objects_v2(Bucket="training-data", Prefix="shards/")["KeyCount"] == training_data.SHARDS
 
 
+def test_any_s3_endpoint_can_stand_behind_the_door(
+    training: Platform, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The embedded store is the endpoint here: it lets nobody in who does not sign with its keys."""
+    keys = told(training)
+    (tmp_path / "secret").write_text(keys["secret_key"] + "\n")
+    monkeypatch.setenv("STORE_ACCESS_KEY", keys["access_key"])
+    config = {"endpoint": keys["url"], "access_key": "env:STORE_ACCESS_KEY", "secret_key": f"file:{tmp_path}/secret"}
+    endpoint = build({"object_store": config})
+    assert isinstance(endpoint, Endpoint)
+    try:
+        assert seed(endpoint, 8) == 0  # what is there stays as it is
+        said = [("Content-Type", "text/plain"), ("x-amz-meta-step", "5"), ("Authorization", "ours"), ("Host", "door")]
+        assert endpoint.call("PUT", "/models/a%20b?x-id=PutObject", said, b"content")[0] == 200
+        status, headers, body = endpoint.call("GET", "/models/a%20b", [("Range", "bytes=0-2")], b"")
+        assert (status, body, {k.lower(): v for k, v in headers}["x-amz-meta-step"]) == (206, b"con", "5")
+    finally:
+        endpoint.close()
+    monkeypatch.delenv("STORE_ACCESS_KEY")
+    with pytest.raises(Unreachable, match="env:STORE_ACCESS_KEY"):
+        build({"object_store": config})
+    nobody = Endpoint("http://127.0.0.1:9", "a", "b", "us-east-1")
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9"):
+        nobody.call("GET", "/models/x", [], b"")
+
+
 # -- pure pieces ------------------------------------------------------------------------------------------------------
 
 
@@ -162,3 +191,18 @@ def test_a_client_tries_as_often_as_it_was_told_and_waits_in_between() -> None:
     with pytest.raises(S3Unavailable):
         s3.get("b", "k")
     assert s3.failures == 3 and len(waits) == 2 and all(0 < wait <= 0.5 for wait in waits)
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ({"endpoint": "http://s3:9000"}, "access_key is missing"),
+        ({"endpoint": "s3:9000", "access_key": "env:A", "secret_key": "env:B"}, "endpoint must be"),
+        ({"endpoint": "http://s3", "access_key": "env:A", "secret_key": "hunter2"}, "secret_key must be a reference"),
+        ({"endpoint": "http://s3", "access_key": "env:A", "secret_key": "env:B", "bucket": "x"}, "object_store.bucket"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_is_told_before_anything_starts(store: dict[str, str], said: str) -> None:
+    with pytest.raises(SandboxConfigError, match=said) as error:
+        SandboxConfig(object_store=store)
+    assert "hunter2" not in str(error.value)
