@@ -45,6 +45,11 @@ def transaction(database: sqlite3.Connection) -> Generator[None, None, None]:
             database.execute("ROLLBACK")
 
 
+def is_store(database: sqlite3.Connection) -> bool:
+    """Whether the file has the tables of a feature store."""
+    return all(_exists(database, table) for table in ("source", "features", "schema"))
+
+
 def _mark(lease: Lease) -> str:
     return '"' + f"{MARK}{lease.id}".replace('"', '""') + '"'
 
@@ -133,6 +138,12 @@ def marked_rows(database: sqlite3.Connection, lease: Lease) -> list[Row]:
     if not _exists(database, f"{MARK}{lease.id}"):
         return []
     return [Row(*found) for found in database.execute(f"SELECT * FROM {_mark(lease)}")]
+
+
+def marks(database: sqlite3.Connection) -> list[str]:
+    """Leases whose marks are in the file."""
+    names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+    return [name.removeprefix(MARK) for (name,) in names if name.startswith(MARK)]
 
 
 def _exists(database: sqlite3.Connection, name: str) -> bool:

@@ -25,13 +25,14 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.feature_rows import (
-    MARK,
     Found,
     Row,
     damage,
     digest,
+    is_store,
     look,
     marked_rows,
+    marks,
     put_back,
     recorded,
     transaction,
@@ -101,17 +102,16 @@ class FeaturesDriver:
         for done, one in enumerate(targets):
             step(done, len(targets))
             with _opened(self._path(one), DriverUnavailable, "undo", "", read_only=True) as database:
-                files[one] = self._snapshot(database, kind, one, float(params.get("fraction", 1.0)), rng)
+                files[one] = self._snapshot(database, one, float(params["fraction"]), rng)
         return {"directory": str(self.directory.resolve()), "files": files}
 
     def _snapshot(
-        self, database: sqlite3.Connection, kind: str, target: str, fraction: float, rng: random.Random
+        self, database: sqlite3.Connection, target: str, fraction: float, rng: random.Random
     ) -> dict[str, Any]:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not {"source", "features", "schema"} <= tables:
+        if not is_store(database):
             raise DriverError(f"{target} is no feature store", driver=NAME, verb="undo")
-        if left := sorted(name for name in tables if name.startswith(MARK)):
-            said = f"{target} still has the fault of {left[0].removeprefix(MARK)} in it; mlchaos recover takes it away"
+        if left := marks(database):
+            said = f"{target} still has the fault of {left[0]} in it; mlchaos recover takes it away"
             raise DriverError(said, driver=NAME, verb="undo")
         ids = [entity for (entity,) in database.execute("SELECT entity_id FROM source ORDER BY entity_id")]
         if not ids:
@@ -120,7 +120,7 @@ class FeaturesDriver:
         every = database.execute("SELECT entity_id, vector FROM source ORDER BY entity_id").fetchall()
         rows = [[entity, vector] for entity, vector in every if entity in picked]
         std = [value for (value,) in database.execute("SELECT std FROM schema ORDER BY feature")]
-        return {"rows": rows, "of": len(ids), "std": std, "sha256": digest(vector for _, vector in rows), "kind": kind}
+        return {"rows": rows, "std": std, "sha256": digest(vector for _, vector in rows)}
 
     def inject(self, lease: Lease, step: Step = no_step) -> None:
         """Damage the rows, in one transaction for each file. Rows that others changed since the lease are left alone.
@@ -164,7 +164,8 @@ class FeaturesDriver:
             step(done, len(lease.targets))
             if path.exists():
                 with _opened(path, RecoverFailed, "recover", lease.id) as database, transaction(database):
-                    put_back(database, lease, recorded(lease, target))
+                    if is_store(database):
+                        put_back(database, lease, recorded(lease, target))
 
     def active(self, lease: Lease) -> Evidence:
         """What the file holds, and what the store serves for a few of the touched rows.
@@ -182,10 +183,16 @@ class FeaturesDriver:
                 effective = False
                 continue
             with _opened(path, DriverUnavailable, "active", lease.id, read_only=True) as database:
+                if not is_store(database):
+                    lines.append(f"{target}: the file is no feature store any more, no fault can be there")
+                    effective = False
+                    continue
                 rows = marked_rows(database, lease) or recorded(lease, target)
                 found = look(database, lease, rows)
             served = _served(directory, lease, rows)
-            present |= found.marked or found.damaged > 0 or any(served.values())
+            # Old rows may be old without us: of those only the file can say that it was us.
+            told = lease.kind != "feature_stale" and any(served.values())
+            present |= found.marked or found.damaged > 0 or told
             effective &= found.damaged > len(rows) / 2 and bool(served) and all(served.values())
             lines += _words(lease, target, rows, found, served)
         return Evidence(present=present, effective=effective and present, lines=tuple(lines))

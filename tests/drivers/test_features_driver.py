@@ -11,10 +11,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +51,9 @@ class Store:
         create(self.path, ROWS, 7)
         self.up()
 
-    def up(self) -> None:
+    def up(self, ports: dict[str, int] | None = None) -> None:
         me = {"pid": os.getpid(), "create_time": psutil.Process().create_time(), "control_url": "", "token": ""}
-        (self.directory / "state.json").write_text(json.dumps({**me, "parts": ["features"]}))
+        (self.directory / "state.json").write_text(json.dumps({**me, "parts": ["features"], "ports": ports or {}}))
 
     def down(self) -> None:
         (self.directory / "state.json").unlink()
@@ -71,6 +74,35 @@ class Store:
 
     def objects(self) -> list[Any]:
         return sorted(self.sql("SELECT name, sql FROM sqlite_master"), key=str)
+
+
+@contextmanager
+def _serving(store: Store, age_s: float | None = None) -> Iterator[None]:
+    """A server on the file; with `age_s` one that says this of every row."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            entity = int(self.path.rpartition("/")[2])
+            ((vector, stamp),) = store.sql("SELECT vector, updated_at FROM features WHERE entity_id = ?", entity)
+            age = time.time() - stamp if age_s is None else age_s
+            body = json.dumps({"entity_id": entity, "features": json.loads(vector), "age_s": age}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        store.up({"feature-store": server.server_port})
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+            store.up()
 
 
 @pytest.fixture
@@ -137,6 +169,20 @@ def test_the_fault_outlasts_ingestion_and_recover_leaves_the_file_as_it_was(
     with pytest.raises(InjectFailed, match="never inject again"):
         driver.inject(lease)
     assert store.vectors("source") == before and not driver.active(lease).present
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_effective_is_what_the_store_serves(store: Store, driver: FeaturesDriver, kind: str) -> None:
+    lease = _lease(driver, kind)
+    with _serving(store):
+        driver.inject(lease)
+        assert driver.active(lease).effective
+    silent = driver.active(lease)
+    assert silent.present and not silent.effective and "the store is silent" in silent.lines[0]
+    with _serving(store, age_s=4000.0):  # nobody ingests any more: not our doing
+        driver.recover(lease)
+        after = driver.active(lease)
+        assert not after.present and not after.effective
 
 
 def test_drift_is_in_standard_deviations_and_nulls_are_null(store: Store, driver: FeaturesDriver) -> None:
@@ -255,6 +301,10 @@ def test_the_fault_stays_in_the_file_when_the_platform_goes_and_comes_back(
     assert store.vectors("features") == before and not driver.active(lease).present
     for file in store.path.parent.iterdir():
         file.unlink()
+    store.path.touch()  # somebody else's file under the same name
+    driver.recover(lease)
+    assert not driver.active(lease).present
+    store.path.unlink()
     driver.recover(lease)
     gone = driver.active(lease)
     assert not gone.present and "the file is gone" in gone.lines[0]
