@@ -47,6 +47,9 @@ FAULTS = {
     "object-store-unavailable": "s3_unavailable",
     "object-store-slow": "s3_slow",
     "object-store-throttled": "s3_throttled",
+    "tracking-database-corruption": "database_corruption",
+    "tracking-database-unavailable": "database_unavailable",
+    "queue-overflow": "queue_overflow",
 }
 """Experiment → its fault kind: every kind has at least one."""
 WITHOUT_DEADLINE = {

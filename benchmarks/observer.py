@@ -186,9 +186,35 @@ class Observer:
             found.append(f"a row was refreshed {oldest:.0f} s ago")
         return found
 
+    def damaged_databases(self) -> list[str]:
+        """What SQLite itself says of the tracking server's databases; the files stay when the platform goes."""
+        found = []
+        for path in sorted((self.sandbox / "data").glob("tracking-db*.sqlite")):
+            try:
+                with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as database:
+                    said = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            except sqlite3.Error as e:
+                said = str(e)
+            if said != "ok":
+                found.append(f"{path.name}: {said.splitlines()[-1]}")
+        return found
+
+    def submitters(self) -> list[str]:
+        """Processes of this sandbox that submit jobs beyond the usual load, by their command line."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ours = str(self.sandbox.resolve()).encode() in words
+            if ours and any(word.startswith(b"submitter-") for word in words) and alive(int(entry.parent.name)):
+                found.append(f"submitter pid {entry.parent.name}")
+        return found
+
     def wrong(self) -> list[str]:
         """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault but in files."""
-        left = self.damaged_files() + self.damaged_features()
+        left = self.damaged_files() + self.damaged_features() + self.damaged_databases() + self.submitters()
         if not self.state() or self.platform_gone():
             return left
         left += self.marked_objects()
@@ -201,4 +227,6 @@ class Observer:
 
     def fault_seen(self) -> bool:
         """Whether a fault is on, by the truth log, in a file or in the store."""
-        return bool(self.live_faults() or self.damaged_files() or self.damaged_features() or self.marked_objects())
+        if self.live_faults() or self.damaged_files() or self.damaged_features() or self.damaged_databases():
+            return True
+        return bool(self.marked_objects())
