@@ -273,7 +273,10 @@ class Catalog:
         raise AssertionError("a name that is written can be run or has stages")
 
     def _expanded(self, suite: Suite) -> Suite:
-        names = list(self._runnable()) if suite.everything else [n for s in suite.experiments for n in self.expand(s)]
+        if suite.everything:
+            names = _in_order(self.dependencies())
+        else:
+            names = [n for s in suite.experiments for n in self.expand(s)]
         return suite.model_copy(update={"experiments": tuple(dict.fromkeys(names))})
 
     def check(self, environment: Environment | None = None, paths: Sequence[Path] | None = None) -> Checked:
@@ -301,6 +304,19 @@ def runnable(parsed: Parsed[Spec]) -> list[Parsed[Experiment]]:
     if isinstance(spec, Experiment):
         return [Parsed(spec, parsed.document)]
     return [Parsed(spec.stage(i), parsed.document, partial(spec.origin, i)) for i in range(len(spec.stages))]
+
+
+def _in_order(depends: dict[str, str | None]) -> list[str]:
+    """All names, each after the one it waits for; a circle, which `check` tells of, is cut somewhere."""
+    found: list[str] = []
+    for name in depends:
+        chain: list[str] = []
+        one: str | None = name
+        while one in depends and one not in found and one not in chain:
+            chain.append(one)
+            one = depends[one]
+        found += reversed(chain)
+    return found
 
 
 def _taken(name: str, parsed: Parsed[Spec]) -> Problem:

@@ -252,7 +252,12 @@ def test_suites_of_stages_and_of_everything(tmp_path: Path) -> None:
         (tmp_path / "suites" / f"{name}.yaml").write_text(text)
     catalog = Catalog([tmp_path])
     assert catalog.suite("some").experiments == ("serving-pod-failure", "pods-1", "pods-2", "pods-3")
-    assert catalog.suite("lot").experiments == tuple(e.name for e in catalog.experiments())
+    single = HEAD.replace("name: pods", "name: a") + "blast_radius: {fraction: 10%}\nduration: 5m\ndepends_on: pods-3\n"
+    (tmp_path / "experiments" / "a.yaml").write_text(single)
+    catalog = Catalog([tmp_path])
+    lot = catalog.suite("lot").experiments
+    assert sorted(lot) == [e.name for e in catalog.experiments()]
+    assert lot.index("a") == lot.index("pods-3") + 1, "each comes after what it waits for"
     assert 'no such experiment "pods-4". Did you mean "pods-' in catalog.check().problems[0].what
     assert len(catalog.check().problems) == 1
     with pytest.raises(SpecError, match='"all" means every experiment in a suite'):
