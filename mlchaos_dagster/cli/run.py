@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.domain.spec import Experiment
     from mlchaos_dagster.domain.stages import Progressive
 
-_SOURCES = "NAME…, NAME --stages FILE, --suite S, --type KIND --target T, --config FILE"
+_SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE"
 _EXIT_ABORTED = 4
 
 

@@ -158,7 +158,9 @@ def test_docs_are_up_to_date() -> None:
 
 # ---- run, as far as the moment before Dagster is imported
 
-OPTIONS = dict.fromkeys(("suite", "kind", "name", "target", "duration", "safety_threshold", "config")) | {"param": ()}
+OPTIONS = dict.fromkeys(("suite", "kind", "name", "target", "duration", "safety_threshold", "config", "stages")) | {
+    "param": ()
+}
 
 
 @pytest.mark.req("R4-02")
