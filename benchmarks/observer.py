@@ -199,8 +199,8 @@ class Observer:
                 found.append(f"{path.name}: {said.splitlines()[-1]}")
         return found
 
-    def submitters(self) -> list[str]:
-        """Processes of this sandbox that submit jobs beyond the usual load, by their command line."""
+    def strangers(self) -> list[str]:
+        """Processes of this sandbox that only a fault starts (submitters of jobs, burners), by their command line."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -208,13 +208,14 @@ class Observer:
             except OSError:
                 continue
             ours = str(self.sandbox.resolve()).encode() in words
-            if ours and any(word.startswith(b"submitter-") for word in words) and alive(int(entry.parent.name)):
-                found.append(f"submitter pid {entry.parent.name}")
+            name = next((word for word in words if word.startswith((b"submitter-", b"burner-"))), b"")
+            if ours and name and alive(int(entry.parent.name)):
+                found.append(f"{name.decode()} pid {entry.parent.name}")
         return found
 
     def wrong(self) -> list[str]:
         """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault but in files."""
-        left = self.damaged_files() + self.damaged_features() + self.damaged_databases() + self.submitters()
+        left = self.damaged_files() + self.damaged_features() + self.damaged_databases() + self.strangers()
         if not self.state() or self.platform_gone():
             return left
         left += self.marked_objects()
