@@ -4,9 +4,9 @@ POST /runs {writer, seq, run, params}, POST /runs/{run}/metrics {writer, seq, me
 {writer, records: [{seq, run, kind, body, at}]}; ``writer`` and ``seq`` are the idempotency key: what comes twice is
 kept once. GET /runs/{run}; GET /count?writer=&above=&up_to= (records kept with above < seq ≤ up_to). GET /state.
 
-What the active database has committed is then copied to the other one before the caller is told. The primary is checked
-every second; what is damaged is not written to any more. ``failover``: with the primary damaged or out of reach the
-standby goes on (remembered over restarts), and the primary is used again once it is intact and has what it missed.
+What the active database has committed is then copied to the other one before the caller is told. Both are checked twice
+a second; what is damaged is not written to any more. ``failover``: with the primary damaged or out of reach the standby
+goes on (remembered over restarts), and the primary is used again once it is intact and has what it missed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tracking_db import INSERT, row
 _TRY_S = 0.3
 _WAITS_S = (0.05, 0.1)
 """Before the second and the third try."""
-_CHECK_EVERY_S = 1.0
+_CHECK_EVERY_S = 0.5
 _CHECK_S = 0.8
 _BUCKET = 200
 _KEEP = 10_000

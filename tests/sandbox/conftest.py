@@ -135,3 +135,25 @@ def training(training_sandbox: Platform) -> Iterator[Platform]:
     yield training_sandbox
     for fault in training_sandbox.client.faults():
         training_sandbox.client.remove_fault(fault["lease_id"])
+
+
+@pytest.fixture(scope="session")
+def jobs_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A sandbox with the tracking server, the workflow runner and the batch queue."""
+    directory = tmp_path_factory.getbasetemp() / "jobs-sandbox"
+    try:
+        config = SandboxConfig(replicas=1, backoff_initial_s=0.1, backoff_max_s=0.3, breaker_open_s=0.3)
+        up(directory, config, parts=["tracking", "queue"])
+        yield Platform(directory)
+    finally:
+        evidence = down(directory)
+    assert evidence["clean"], evidence
+
+
+@pytest.fixture
+def jobs(jobs_sandbox: Platform) -> Iterator[Platform]:
+    """That sandbox, whole before the test and without faults after it."""
+    jobs_sandbox.wait_ready()
+    yield jobs_sandbox
+    for fault in jobs_sandbox.client.faults():
+        jobs_sandbox.client.remove_fault(fault["lease_id"])
