@@ -1,4 +1,4 @@
-"""`mlchaos sandbox up|down|status`."""
+"""`mlchaos sandbox up|down|status|truth`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,36 @@ def status() -> None:
         app.out("no sandbox is up; `mlchaos sandbox up` starts one, and so does `mlchaos run`")
         leave(1)
     _show(app, found)
+
+
+@command.command("truth")
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the last N that match.")
+@click.option("--what", "kinds", multiple=True, metavar="EVENT", help="Only these, such as oom_killed or scaled.")
+@common
+def truth(last: int | None, kinds: tuple[str, ...]) -> None:
+    """Show what really happened to the platform's processes and when: its own log, kept apart from every measurement."""
+    import json
+    from datetime import datetime
+
+    app = current()
+    path = _directory(app) / "truth.jsonl"
+    found: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:  # the disk was full, or it is being written at this moment
+            continue
+        if not kinds or event["what"] in kinds:
+            found.append(event)
+    found = found[-last:] if last else found
+    app.dump(found)
+    rows: list[tuple[str, ...]] = []
+    for event in found:
+        moment = datetime.fromtimestamp(event["at"]).astimezone().strftime("%H:%M:%S.%f")[:-3]
+        facts = {k: v for k, v in event.items() if k not in ("at", "mono", "what", "who", "pid") and v is not None}
+        said = " ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in facts.items())
+        rows.append((moment, event["what"], event["who"] or "–", str(event["pid"] or "–"), said))
+    app.out(table(("AT", "WHAT", "WHO", "PID", "FACTS"), rows) if rows else f"nothing of it in {path}")
 
 
 def _directory(app: App) -> Path:
