@@ -62,6 +62,20 @@ def desired(replicas: int, uses: Sequence[float | None], least: int, most: int) 
     return min(max(wish, least), most)
 
 
+class Stabiliser:
+    """Turns wishes into goals: up at once, down only as far as every wish of the window goes."""
+
+    def __init__(self) -> None:
+        self._wishes: deque[tuple[float, int]] = deque()
+
+    def goal(self, now: float, replicas: int, wish: int) -> int:
+        """Take a wish at a moment (seconds); how many replicas there should be."""
+        self._wishes.append((now, wish))
+        while self._wishes[0][0] < now - STABILISE_S:
+            self._wishes.popleft()
+        return wish if wish >= replicas else min(replicas, max(one for _, one in self._wishes))
+
+
 class _Reading:
     """CPU seconds of every process of the replicas' groups at one moment."""
 
@@ -94,7 +108,7 @@ class _Reading:
 async def run(supervisor: Supervisor) -> None:
     """Task: measure, decide, scale."""
     readings: deque[_Reading] = deque(maxlen=_WINDOW + 1)
-    wishes: deque[tuple[float, int]] = deque()
+    stabiliser = Stabiliser()
     acts = supervisor.config.mechanisms["autoscaler"]
     least = supervisor.config.replicas
     refused = ""
@@ -111,11 +125,7 @@ async def run(supervisor: Supervisor) -> None:
         if known := [use for use in uses if use is not None]:
             use = sum(known) / len(known)
             supervisor.states[STATE] = (now, {"cpu_usage": round(use, 4), "desired_replicas": wish})
-        wishes.append((now, wish))
-        while wishes[0][0] < now - STABILISE_S:
-            wishes.popleft()
-        # Up at once; down only as far as every wish of the window goes.
-        goal = wish if wish >= replicas else min(replicas, max(one for _, one in wishes))
+        goal = stabiliser.goal(now, replicas, wish)
         if acts and goal != replicas:
             try:
                 async with supervisor.book.lock:

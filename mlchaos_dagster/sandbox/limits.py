@@ -94,8 +94,7 @@ class MemoryLimits:
         }
         at = time.time()
         self._truth.write("oom_killed", name, slot.pid, lease, at=at, **facts)
-        # Guests first: the replica's place must be free of them when it is started again.
-        await asyncio.gather(*(member.kill(lease) for member in sorted(members, key=lambda member: member is slot)))
+        await asyncio.gather(*(member.kill(lease) for member in members))
         self._last[name, lease] = {"at": at, **facts}
 
 
