@@ -28,7 +28,7 @@ from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.drivers import features
 from mlchaos_dagster.drivers.features import FeaturesDriver
 from mlchaos_dagster.engine.ports import Lease, Owner
-from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox.feature_store import create
 from mlchaos_dagster.sandbox.feature_writer import refresh
 
@@ -308,6 +308,19 @@ def test_the_fault_stays_in_the_file_when_the_platform_goes_and_comes_back(
     driver.recover(lease)
     gone = driver.active(lease)
     assert not gone.present and "the file is gone" in gone.lines[0]
+
+
+def test_a_stop_halfway_leaves_nothing(store: Store, driver: FeaturesDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_STEP_ROWS", 5)
+    before, objects, lease = store.vectors("features"), store.objects(), _lease(driver, "feature_drift")
+
+    def step(done: int, total: int) -> None:
+        if done >= total // 2:
+            raise Halted("a person said stop")
+
+    with pytest.raises(Halted):
+        driver.inject(lease, step)
+    assert store.vectors("features") == before and store.objects() == objects and not driver.active(lease).present
 
 
 def test_recover_without_inject_keeps_a_late_inject_out(store: Store, driver: FeaturesDriver) -> None:
