@@ -54,6 +54,7 @@ def state(platform: Platform, name: str) -> dict[str, Any]:
         connection.close()
 
 
+@pytest.mark.e2e
 @pytest.mark.req("R0-02")
 def test_a_killed_worker_resumes_from_its_last_valid_checkpoint_and_catches_up(trainers: Platform, s3: Any) -> None:
     def pointed() -> dict[str, Any]:
@@ -82,6 +83,7 @@ def test_a_killed_worker_resumes_from_its_last_valid_checkpoint_and_catches_up(t
     assert trainers.client.signals()["training_step"] > before["training_step"]
 
 
+@pytest.mark.e2e
 @pytest.mark.req("R0-03")
 def test_a_corrupted_shard_is_set_aside_until_it_is_good_again(trainers: Platform, s3: Any) -> None:
     key = "shards/part-004.npz"
@@ -95,6 +97,7 @@ def test_a_corrupted_shard_is_set_aside_until_it_is_good_again(trainers: Platfor
     eventually(lambda: trainers.client.signals()["bad_shards"] == 0, 6)
 
 
+@pytest.mark.e2e
 def test_training_goes_on_while_its_store_is_away_and_the_age_of_checkpoints_tells(trainers: Platform) -> None:
     eventually(lambda: trainers.client.signals()["checkpoint_age"] < 2.5, 10)
     pids = {name: trainers.process(name)["pid"] for name in ("trainer-1", "trainer-2")}
