@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import signal
@@ -119,11 +120,14 @@ class Store:
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
         self.puts: list[str] = []
-        self.down = False
+        self.failure: Exception | None = None
+        self.gets_left = 0
+        """Before the failure."""
 
     def get(self, bucket: str, key: str) -> bytes:
-        if self.down:
-            raise S3Unavailable("down")
+        self.gets_left -= 1
+        if self.failure is not None and self.gets_left < 0:
+            raise self.failure
         if (bucket, key) not in self.objects:
             raise S3Error(404, "NoSuchKey", key)
         return self.objects[bucket, key]
@@ -189,11 +193,13 @@ def test_the_last_valid_checkpoint_is_found_whatever_happened_to_the_others(how:
     assert looking.skipped == (0 if how == "gone" else 1)
 
 
-def test_a_store_that_does_not_answer_is_not_an_empty_one() -> None:
+@pytest.mark.parametrize("failure", [S3Unavailable("down"), S3Error(503, "SlowDown", "")])
+@pytest.mark.parametrize("gets", [0, 1])  # the pointer, and what it points at
+def test_a_store_that_does_not_answer_is_not_an_empty_one(failure: Exception, gets: int) -> None:
     store = Store()
     saved(store)
-    store.down = True
-    with pytest.raises(S3Unavailable):
+    store.failure, store.gets_left = failure, gets
+    with pytest.raises(type(failure)):
         shelf(store).latest()
     assert shelf(Store()).latest() is None
 
@@ -204,6 +210,13 @@ def test_a_checkpoint_belongs_to_its_worker_and_step() -> None:
     for worker, step in (("trainer-2", 5), ("trainer-1", 6)):
         with pytest.raises(BadCheckpoint):
             decode(content, worker, step)
+    # Well-formed to the last bit, and yet not what was written: no checksum of the file format would tell.
+    with np.load(io.BytesIO(content)) as arrays:
+        changed = {**arrays, "weights": np.zeros(2)}
+    forged = io.BytesIO()
+    np.savez(forged, **changed)
+    with pytest.raises(BadCheckpoint, match="digest"):
+        decode(forged.getvalue(), "trainer-1", 5)
 
 
 def reader(store: Store, validate: bool = True) -> ShardReader:
@@ -241,7 +254,7 @@ def test_a_damaged_manifest_or_a_silent_store_leaves_the_data_of_before() -> Non
     found.read()
     store.put(training_data.BUCKET, "manifest.json", b"noise")
     found.read()
-    store.down = True
+    store.failure, store.gets_left = S3Unavailable("down"), 0
     with pytest.raises(S3Unavailable):
         found.read()
     assert len(found.shards) == training_data.SHARDS // 2 and not found.bad
