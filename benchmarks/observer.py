@@ -134,6 +134,8 @@ class Observer:
         found = []
         try:
             for bucket in client.list_buckets()["Buckets"]:
+                if bucket["Name"] == "checkpoints":
+                    continue  # hundreds of versions that trainers wrote; no fault is put there
                 for page in client.get_paginator("list_object_versions").paginate(Bucket=bucket["Name"]):
                     for version in page.get("Versions", []):
                         key, number = version["Key"], version["VersionId"]

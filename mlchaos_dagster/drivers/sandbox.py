@@ -53,6 +53,8 @@ class SandboxDriver:
     def resolve(self, target: Target) -> tuple[str, ...]:
         """Names of processes or links that match one of the globs now, sorted.
 
+        A glob with `->` in it picks links, any other picks processes (`trainer-*` is not `trainer->object-store`); `*`
+        picks both.
         The proxies are the network, not a service: a glob does not pick them unless it starts with their name.
 
         Raises:
@@ -64,7 +66,13 @@ class SandboxDriver:
             names = [name for name in names if not name.startswith("proxy")]
         globs = [glob.strip() for glob in target.select.split(",")]
         every = (*names, *status["links"])
-        return tuple(sorted({name for name in every for glob in globs if fnmatchcase(name, glob)}))
+        picked = {
+            name
+            for name in every
+            for glob in globs
+            if fnmatchcase(name, glob) and (glob == "*" or ("->" in glob) == ("->" in name))
+        }
+        return tuple(sorted(picked))
 
     def undo(
         self,

@@ -146,7 +146,8 @@ def test_s3_kinds_are_only_for_links_to_a_store(training: Platform) -> None:
 )
 def test_the_driver_sees_the_fault_by_a_look_of_its_own(training: Platform, kind: str, params: dict[str, Any]) -> None:
     driver, now = SandboxDriver(training.directory), time.time()
-    assert driver.resolve(Target(select=LINK)) == (LINK,)
+    assert driver.resolve(Target(select="inference->*")) == (LINK,)
+    assert driver.resolve(Target(select="inference-*")) == ("inference-1",)  # and no link, though it begins so, too
     undo = driver.undo(kind, (LINK,), params)
     assert undo["links"][LINK] < 0.2
     lease = Lease(
