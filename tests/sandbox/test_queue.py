@@ -33,7 +33,8 @@ def ask(jobs: Platform, method: str, path: str, body: Any = None) -> tuple[int, 
         with urllib.request.urlopen(request, timeout=5) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        with error:
+            return error.code, json.load(error)
 
 
 def state_of(jobs: Platform, key: str) -> str:

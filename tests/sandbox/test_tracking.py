@@ -44,8 +44,9 @@ def kept(jobs: Platform, name: str, writer: str) -> list[int]:
         return [seq for (seq,) in rows]
 
 
-def signals(jobs: Platform) -> dict[str, float]:
-    return jobs.client.signals()
+def signal_of(jobs: Platform, name: str) -> float:
+    """A signal now; NaN while nobody knows it, which is equal to nothing and above nothing."""
+    return jobs.client.signals().get(name, float("nan"))
 
 
 def test_what_is_logged_twice_is_kept_once_and_in_both_databases(jobs: Platform) -> None:
@@ -57,7 +58,8 @@ def test_what_is_logged_twice_is_kept_once_and_in_both_databases(jobs: Platform)
     assert kept(jobs, "tracking-db", "me") == kept(jobs, "tracking-db-standby", "me") == [1, 2]
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(jobs, "POST", "/runs", {"run": "without a key"})
-    assert refused.value.code == 400
+    with refused.value as answer:
+        assert answer.code == 400
 
 
 @pytest.mark.req("R3-06")
@@ -66,30 +68,30 @@ def test_the_standby_goes_on_and_the_primary_gets_what_it_missed(jobs: Platform)
     # The very first request after the refusal is answered: by the standby.
     ask(jobs, "POST", "/runs", {"writer": "failover", "seq": 1, "run": "during"})
     assert kept(jobs, "tracking-db", "failover") == [] and kept(jobs, "tracking-db-standby", "failover") == [1]
-    eventually(lambda: signals(jobs).get("on_standby") == 1)
+    eventually(lambda: signal_of(jobs, "on_standby") == 1)
     os.kill(jobs.process("tracking")["pid"], signal.SIGKILL)  # it remembers which one is in charge
     eventually(lambda: jobs.process("tracking")["ready"], 10, every_s=0.1)
     assert ask(jobs, "GET", "/state")["on_standby"]
     jobs.client.remove_fault(lease)
-    eventually(lambda: signals(jobs).get("on_standby") == 0, 15)
+    eventually(lambda: signal_of(jobs, "on_standby") == 0, 15)
     assert kept(jobs, "tracking-db", "failover") == [1]
-    assert signals(jobs)["lost_metrics"] == 0
+    assert signal_of(jobs, "lost_metrics") == 0
 
 
 @pytest.mark.req("R1-03")
 def test_the_spool_keeps_what_cannot_be_logged_over_a_crash_and_logs_it_once(jobs: Platform) -> None:
     writer = json.loads((jobs.directory / "data" / "workflow-outbox.mark").read_text())["writer"]
     lease = jobs.inject("network_partition", TO_TRACKING)
-    eventually(lambda: signals(jobs)["spool_length"] >= 20, 10)
-    os.kill(jobs.process("workflow")["pid"], signal.SIGKILL)
+    eventually(lambda: signal_of(jobs, "spool_length") >= 20, 10)
+    pid = jobs.process("workflow")["pid"]
+    os.kill(pid, signal.SIGKILL)
     waiting = [json.loads(line)["seq"] for line in _lines(jobs.directory / "data" / "workflow-outbox.jsonl")]
-    eventually(lambda: signals(jobs).get("spool_length", 0) >= 20, 15)  # a new process has it again
-    eventually(lambda: signals(jobs)["tracking_breaker"] == 2, 15)
+    eventually(lambda: jobs.process("workflow")["pid"] not in (None, pid), 10)
+    eventually(lambda: len(_lines(jobs.directory / "data" / "workflow-outbox.jsonl")) > len(waiting), 10)
     jobs.client.remove_fault(lease)
-    eventually(lambda: signals(jobs)["spool_length"] < 15 and signals(jobs)["tracking_breaker"] == 0, 15)
-    found = eventually(lambda: (seqs := kept(jobs, "tracking-db", writer)) and seqs[-1] >= waiting[-1] and seqs)
+    found = eventually(lambda: (seqs := kept(jobs, "tracking-db", writer)) and seqs[-1] > waiting[-1] and seqs, 10)
     assert found == list(range(1, found[-1] + 1))  # none is missing, none is twice (the key is the primary key)
-    assert signals(jobs)["lost_metrics"] == 0
+    eventually(lambda: signal_of(jobs, "lost_metrics") == 0)
 
 
 def _lines(path: Path) -> list[str]:
@@ -109,17 +111,17 @@ def test_a_damaged_primary_is_noticed_and_costs_nothing(jobs: Platform, tmp_path
     driver.inject(lease)
     try:
         assert driver.active(lease).effective
-        eventually(lambda: signals(jobs).get("database_intact") == 0 and signals(jobs)["on_standby"] == 1, 5)
+        eventually(lambda: signal_of(jobs, "database_intact") == 0 and signal_of(jobs, "on_standby") == 1, 5)
         ask(jobs, "POST", "/runs", {"writer": "damage", "seq": 1, "run": "meanwhile"})
     finally:
         driver.recover(lease)
     assert not driver.active(lease).present
-    eventually(lambda: signals(jobs)["on_standby"] == 0 and signals(jobs)["database_intact"] == 1, 15)
+    eventually(lambda: signal_of(jobs, "on_standby") == 0 and signal_of(jobs, "database_intact") == 1, 15)
     assert kept(jobs, "tracking-db", "damage") == [1]
     with closing(sqlite3.connect(jobs.directory / "data" / "tracking-db.sqlite")) as database:
         assert database.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         assert database.execute("SELECT count(*) FROM records WHERE writer = 'history'").fetchone()[0] == 3000
-    assert signals(jobs)["lost_metrics"] == 0
+    assert signal_of(jobs, "lost_metrics") == 0
 
 
 @pytest.mark.req("R1-02")
@@ -128,8 +130,8 @@ def test_latency_to_the_database_is_felt_and_the_workflow_keeps_its_pace(jobs: P
     began = time.monotonic()
     ask(jobs, "POST", "/runs", {"writer": "late", "seq": 1, "run": "late"})
     assert time.monotonic() - began >= 0.1
-    eventually(lambda: signals(jobs).get("tracking_latency", 0) >= 0.1, 10)
-    assert signals(jobs)["workflow_rate"] >= 1.3
+    eventually(lambda: signal_of(jobs, "tracking_latency") >= 0.1, 10)
+    eventually(lambda: signal_of(jobs, "workflow_rate") >= 1.3)  # a run that waited for each answer takes 0.7 s
     jobs.client.remove_fault(lease)
 
 
