@@ -129,7 +129,8 @@ async def run(supervisor: Supervisor) -> None:
         if acts and goal != replicas:
             try:
                 async with supervisor.book.lock:
-                    await supervisor.scale(goal, by=STATE, cpu_usage=round(sum(known) / max(1, len(known)), 3))
+                    gone = supervisor.scale(goal, by=STATE, cpu_usage=round(sum(known) / max(1, len(known)), 3))
+                await supervisor.retire(gone)
                 refused = ""
             except Refused as error:  # a fault is on a replica that would have to go: later, then
                 if refused != str(error):

@@ -81,7 +81,8 @@ def _routes(app: web.Application, supervisor: Supervisor) -> None:
         if isinstance(replicas, bool) or not isinstance(replicas, int) or not 0 <= replicas <= MAX_REPLICAS:
             raise Refused(400, f"replicas must be a whole number from 0 to {MAX_REPLICAS}, not {replicas!r}")
         async with supervisor.book.lock:
-            await supervisor.scale(replicas)
+            gone = supervisor.scale(replicas)
+        await supervisor.retire(gone)
         return {"replicas": supervisor.replicas}
 
     async def parts(request: web.Request) -> Any:

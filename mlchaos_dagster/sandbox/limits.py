@@ -76,12 +76,11 @@ class MemoryLimits:
             await asyncio.sleep(_WATCH_S)
 
     async def _oom(self, name: str, usage: int) -> None:
-        members, guests = self.members(name), self._guests.pop(name, {})
+        slot, members, guests = self._slots.get(name), self.members(name), self._guests.pop(name, {})
         sizes = {slot: resident(slot.pid or 0) for slot in members}
         largest = max(sizes, key=lambda slot: sizes[slot], default=None)
-        if largest is None:
-            return  # it died on its own between two looks
-        slot = self._slots[name]
+        if slot is None or largest is None:
+            return  # it died or was scaled away between two looks
         slot.oom_kills += 1
         # The lease of whoever filled the group; a replica that grew by itself has none.
         lease = next((guests[guest] for guest in sorted(guests, key=lambda g: -sizes.get(g, 0))), None)

@@ -225,8 +225,11 @@ class Supervisor:
                 self._add_slot(f"inference-{number}")
         self._changed()
 
-    async def scale(self, replicas: int, **why: Any) -> None:
-        """Change the number of replicas; the highest numbers go first. ``why`` goes to the truth log.
+    def scale(self, replicas: int, **why: Any) -> list[Slot]:
+        """Change the number of replicas, under the book's lock; ``why`` goes to the truth log.
+
+        Returns:
+            Slots that are out of service now, the highest numbers: ``retire`` them when the lock is released.
 
         Raises:
             Refused: 409, a fault is on one that would have to go.
@@ -238,10 +241,14 @@ class Supervisor:
         self.truth.write("scaled", "inference", replicas=replicas, before=self.replicas, **why)
         self.replicas = replicas
         slots = [self.slots.pop(name) for name in gone]
+        self._sync_replicas()
+        return slots
+
+    async def retire(self, slots: list[Slot]) -> None:
+        """End the processes of slots that were scaled away."""
         if slots:
             await self._push_endpoints()  # no new requests for them, and time to answer those they have
         await asyncio.gather(*(slot.stop("SIGTERM") for slot in slots))
-        self._sync_replicas()
 
     def _changed(self) -> None:
         self._dirty.set()
@@ -382,7 +389,8 @@ class Supervisor:
             "token": self.token,
             "gateway_url": f"http://127.0.0.1:{gateway}" if gateway else None,
             "ports": {name: slot.last_port for name, slot in self.slots.items()},
-            "link_ports": self.link_ports,
+            # Ports of links that are gone are remembered for their return, and are nobody's business until then.
+            "link_ports": {link: self.link_ports[link] for link in self.links() if link in self.link_ports},
             "children": children,
             "config": self.config.to_dict(),
             "started_at": self.started_at,
