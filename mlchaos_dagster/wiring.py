@@ -6,6 +6,7 @@ Everything is imported lazily: `mlchaos stop` must not pay for numpy.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 import time
 from collections import deque
@@ -242,14 +243,18 @@ class _LateProbe:
         from mlchaos_dagster.probes.http import HttpProbe, HttpProbeConfig
 
         probe = self.environment.probe
-        headers = probe_headers(self.environment)
+        references = probe_references(self.environment, self.home)
+        files = {n: v.partition(":")[2] for n, v in references.items() if v.startswith("file:")}
         self._probe = HttpProbe(
             HttpProbeConfig(
                 url=probe_url(self.environment, self.home),
                 rate_per_s=probe.rate,
                 timeout_s=probe.timeout,
                 method=probe.method,
-                headers=headers,
+                headers=probe_headers(self.environment, self.home),
+                header_files={name: os.path.expanduser(path) for name, path in files.items()},
+                ca_file=filled(probe.ca, self.environment, self.home),
+                connection_lifetime_s=probe.connection_lifetime or 0.0,
                 bodies=probe.all_bodies,
                 value=probe.value or "",
             )
@@ -263,27 +268,67 @@ class _LateProbe:
         return self._probe.stop() if self._probe is not None else []
 
 
+_PLACES = {
+    "{gateway}": ("gateway_url",),
+    "{edge}": ("edge", "url"),
+    "{edge_ca}": ("edge", "ca"),
+    "{edge_credential}": ("edge", "credential_file"),
+}
+"""Placeholder → where the sandbox's state file has it."""
+_TOLD_WITHIN_S = 2.0
+"""A part that is ready is in the state file within milliseconds; a busy machine may take longer."""
+
+
 def probe_url(environment: Environment, home: Home) -> str:
-    """The probe's URL with `{gateway}` filled in. Raises ProbeError when the sandbox is not up."""
-    url = environment.probe.url
-    if "{gateway}" not in url:
-        return url
-    from mlchaos_dagster.sandbox.client import read_state
-
-    state = read_state(home.sandbox(environment.name)) or {}
-    if not state.get("gateway_url"):
-        raise ProbeError(f"the sandbox of {environment.name} is not up (mlchaos sandbox up)")
-    return url.replace("{gateway}", state["gateway_url"])
+    """The probe's URL with `{gateway}` or `{edge}` filled in. Raises ProbeError when the sandbox is not up."""
+    return filled(environment.probe.url, environment, home)
 
 
-def probe_headers(environment: Environment) -> dict[str, str]:
+def filled(text: str, environment: Environment, home: Home) -> str:
+    """Text with the sandbox's places filled in. Raises ProbeError when it is not up, or not with that part."""
+    wanted = [place for place in _PLACES if place in text]
+    end = time.monotonic() + _TOLD_WITHIN_S
+    while wanted:
+        from mlchaos_dagster.sandbox.client import read_state
+
+        state = read_state(home.sandbox(environment.name))
+        for place in list(wanted):
+            found: Any = state
+            for key in _PLACES[place]:
+                found = cast("dict[str, Any]", found or {}).get(key)
+            if found:
+                text = text.replace(place, str(found))
+                wanted.remove(place)
+        if not wanted:
+            break
+        if state is None or wanted == ["{gateway}"] or time.monotonic() > end:
+            part = "" if wanted == ["{gateway}"] else " --part edge"
+            raise ProbeError(f"the sandbox of {environment.name} is not up (mlchaos sandbox up{part})")
+        time.sleep(0.02)
+    return text
+
+
+def probe_references(environment: Environment, home: Home) -> dict[str, str]:
+    """The probe's headers, as references; of places of the sandbox, to where they are. Raises ProbeError: not up."""
+    return {name: filled(value, environment, home) for name, value in environment.probe.headers.items()}
+
+
+def probe_headers(environment: Environment, home: Home | None = None) -> dict[str, str]:
     """The probe's headers with references read; what is secret lives in the probe alone.
+
+    Without `home` those that the sandbox itself makes are left out.
 
     Raises:
         ConfigError: a reference leads nowhere; names it.
+        ProbeError: the sandbox that makes one is not up.
     """
+    given = environment.probe.headers
+    if home is not None:
+        given = probe_references(environment, home)
     found: dict[str, str] = {}
-    for name, value in environment.probe.headers.items():
+    for name, value in given.items():
+        if home is None and any(place in value for place in _PLACES):
+            continue
         try:
             found[name] = resolved(value)
         except ConfigError as e:
@@ -401,7 +446,8 @@ def health_reader(environment: Environment, settings: Settings) -> Callable[[], 
             probe.timeout,
             method=probe.method,
             bodies=probe.all_bodies,
-            headers=probe_headers(environment),
+            headers=probe_headers(environment, settings.home),
+            ca_file=filled(probe.ca, environment, settings.home),
         )
         score, detail = answered, f"{answered:.0%} of {_HEALTH_REQUESTS} requests answered"
         if environment.sandbox is not None:

@@ -66,7 +66,12 @@ class RequestProbe(Model):
     """The open-loop HTTP probe: real requests on a fixed schedule."""
 
     url: str
-    """`{gateway}` stands for the sandbox's gateway."""
+    """`{gateway}` stands for the sandbox's gateway, `{edge}` for the HTTPS face before it."""
+    ca: str = ""
+    """https: PEM file of the certificates to trust, with a list of revoked ones (CRL) if there is one; `{edge_ca}`: that
+    of the sandbox's edge. Empty: what this machine trusts. Read again within half a second of being replaced."""
+    connection_lifetime: Duration | None = None
+    """A connection older than this is not used again, so that a new certificate is seen; absent: no limit."""
     method: Literal["GET", "POST"] = "POST"
     rate: Annotated[float, Field(gt=0, le=5000)] = 50
     """Requests per second. 50: a p95 from 50 requests a second, light on two cores."""
@@ -78,7 +83,8 @@ class RequestProbe(Model):
     """The same as a range of one number, such as `{name: entity_id, from: 0, to: 499}`; instead of `bodies`. Each body
     is an item with an answer of its own: the baseline should see every one twice (rate × baseline ≥ 2 × items)."""
     headers: dict[str, str] = {}
-    """A value `env:NAME` or `file:PATH` is read when the probe starts; records hold the reference only."""
+    """A value `env:NAME` or `file:PATH` is read when the probe starts, a file again within half a second of being replaced;
+    records hold the reference only. `file:{edge_credential}`: what clients of the sandbox's edge send."""
     value: Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")] | None = None
     """Where the number is in the JSON answer: names and list positions with dots between, such as `score` or
     `predictions.0`. Absent: answers are not read."""

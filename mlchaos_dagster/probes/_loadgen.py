@@ -26,7 +26,15 @@ from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 from mlchaos_dagster.probes._http1 import ProtocolError, ResponseReader, request_bytes
-from mlchaos_dagster.probes._machine import PreciseSelector, leave, raise_file_limit, say, tls_context
+from mlchaos_dagster.probes._machine import (
+    PreciseSelector,
+    Watched,
+    leave,
+    raise_file_limit,
+    say,
+    tls_context,
+    trusting,
+)
 
 CONNECTION_ERROR, TIMED_OUT, UNSENT = 0, -1, -2
 
@@ -34,6 +42,8 @@ FLUSH_EVERY_S = 0.02
 """Longest time a finished sample waits for company; the watch loop decides on every sample, so it is short."""
 OWNER_CHECK_EVERY_S = 0.5
 """A fork of the owner can hold our standard input open after the owner died; the parent's pid tells the truth."""
+REREAD_EVERY_S = 0.5
+"""Files of secrets and of trusted certificates are looked at this often: clients read their mounted ones again, too."""
 MAX_BACKLOG_BYTES = 64 * 2**20
 """Samples kept for an owner that does not read (about 12 minutes at 1,000/s). More means that nobody listens."""
 MAX_LABEL_CHARS = 64
@@ -61,9 +71,10 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.request: _Request | None = None
         self.reader: ResponseReader | None = None
-        self.idle_since = 0.0
+        self.made_at = self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.made_at = time.monotonic()
         self.transport = cast("asyncio.Transport", transport)
 
     def send(self, request: _Request, data: bytes) -> None:
@@ -118,6 +129,7 @@ class Generator:
         self.rate_per_s: float = config["rate_per_s"]
         self.timeout_s: float = config["timeout_s"]
         self.reuse_idle_s: float = config["reuse_idle_s"]
+        self.lifetime_s: float = config["connection_lifetime_s"] or math.inf
         self.max_in_flight: int = config["max_in_flight"]
         self.zero: float = config["zero"]
         self.owner_pid: int = config["owner_pid"]
@@ -135,6 +147,10 @@ class Generator:
         self.host = url.hostname or ""
         self.port = url.port or (443 if url.scheme == "https" else 80)
         self.tls = tls_context(config) if url.scheme == "https" else None
+        self._headers: dict[str, str] = dict(config["headers"])
+        self._secrets = {name: Watched(path) for name, path in config["header_files"].items()}
+        trusted = config["ca_file"] if self.tls is not None and config["verify_tls"] else ""
+        self._trusted = Watched(trusted) if trusted else None
         self.race_s = None if _is_address(self.host) else 0.25  # names may give a dead IPv6 address first
         self._host_header = url.netloc.rpartition("@")[2]
         self._target = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -162,6 +178,8 @@ class Generator:
         os.set_blocking(1, False)
         self.loop.add_reader(0, self._on_stdin)
         self._watch_owner()
+        if self._secrets or self._trusted is not None:
+            self._reread()
         self.start = time.monotonic()
         self.out += json.dumps({"start_s": round(self.start - self.zero, 6)}).encode() + b"\n"
         self._flush()
@@ -249,7 +267,7 @@ class Generator:
             transport = connection.transport
             if transport is None or transport.is_closing():
                 continue
-            if now - connection.idle_since <= self.reuse_idle_s:
+            if now - connection.idle_since <= self.reuse_idle_s and now - connection.made_at <= self.lifetime_s:
                 return connection
             connection.abort()
         return None
@@ -265,6 +283,25 @@ class Generator:
         if connection in self.idle:
             self.idle.remove(connection)
 
+    def _reread(self) -> None:
+        """Take secrets and trusted certificates that were replaced. What cannot be read or sent is not taken."""
+        for name, file in self._secrets.items():
+            if file.changed():
+                try:
+                    with open(file.path, encoding="latin-1") as f:
+                        value = f.read(65536).strip()
+                except OSError:
+                    continue
+                if value and value.isprintable():
+                    self._headers[name] = value
+                    self._built.clear()
+        if self._trusted is not None and self._trusted.changed():
+            try:
+                self.tls = trusting(self._trusted.path)
+            except OSError as error:
+                say(f"ca_file {self._trusted.path!r}: {error}")
+        self.loop.call_later(REREAD_EVERY_S, self._reread)
+
     def new_reader(self) -> ResponseReader:
         return ResponseReader(self.wanted, head_request=self.head_request, keep_body=self.keep_body)
 
@@ -273,7 +310,7 @@ class Generator:
         built = self._built.get((of_body, of_entity))
         if built is None:
             target = self._target.replace("{entity}", self._entities[of_entity]).replace("{n}", str(k))
-            headers = [(name, value) for name, value in self._config["headers"].items()]
+            headers = list(self._headers.items())
             built = request_bytes(self._config["method"], target, self._host_header, headers, self._bodies[of_body])
             if "{n}" not in self._target and len(self._built) < 4096:
                 self._built[of_body, of_entity] = built

@@ -28,16 +28,56 @@ class PreciseSelector(selectors.EpollSelector if sys.platform == "linux" else se
 
 def tls_context(config: dict[str, Any]) -> ssl.SSLContext:
     """What to trust; ends the process, in words, when the caller's certificates cannot be read."""
-    import ssl  # only https pays for it
+    import ssl
 
     try:
-        context = ssl.create_default_context(cafile=config["ca_file"] or None)
+        context = trusting(config["ca_file"])
     except OSError as error:
         leave(f"ca_file {config['ca_file']!r}: {error}")
     if not config["verify_tls"]:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def trusting(ca_file: str) -> ssl.SSLContext:
+    """Trust the certificates of a PEM file (empty: the machine's own). With a list of revoked certificates (CRL) in
+    it, what is on the list is refused.
+
+    Raises:
+        OSError: the file cannot be read, or holds no certificate.
+    """
+    import ssl  # only https pays for it
+
+    context = ssl.create_default_context(cafile=ca_file or None)
+    if ca_file:
+        with open(ca_file, "rb") as file:
+            if b"-----BEGIN X509 CRL-----" in file.read():
+                context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return context
+
+
+class Watched:
+    """A file that may be replaced while we run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._seen: tuple[int, int, int] | None = None
+
+    def changed(self) -> bool:
+        """Whether it is another one than at the last look, or was never looked at; one that is gone has not changed."""
+        now = self._stamp()
+        if now is None or now == self._seen:
+            return False
+        self._seen = now
+        return True
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def leave(reason: str) -> NoReturn:

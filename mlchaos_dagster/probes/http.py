@@ -48,6 +48,8 @@ class HttpProbeConfig:
     """Total deadline of one request: name look-up, connecting, sending and the last byte of the answer together."""
     method: str = "GET"
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    header_files: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Header → the file that its value came from, which is read again within half a second of being replaced."""
     bodies: tuple[Any, ...] = field(default=(), repr=False)
     """JSON bodies, taken in turn: request k carries body k modulo their number."""
     entities: tuple[str, ...] = ()
@@ -61,8 +63,12 @@ class HttpProbeConfig:
     reuse_idle_s: float = 1.5
     """An idle connection older than this is not used again: servers close theirs after 2 s (gunicorn) or 5 s (uvicorn),
     and a request that meets the closing would be counted as the target's failure."""
+    connection_lifetime_s: float = 0.0
+    """A connection older than this is not used again; 0: they live as long as they are used. A client that never connects
+    anew sees neither a new certificate nor that the old one is no good any more."""
     verify_tls: bool = True
     ca_file: str = ""
+    """PEM file of trusted certificates, with a list of revoked ones (CRL) if there is one; read again as `header_files`."""
 
     def __post_init__(self) -> None:
         try:
@@ -81,6 +87,11 @@ class HttpProbeConfig:
         ):
             if not (math.isfinite(value) and 0 < value <= most):
                 raise ConfigError(f"HTTP probe: {name} is {value}. Allowed: more than 0, at most {most}")
+        if not 0 <= self.connection_lifetime_s <= 3600:
+            given = self.connection_lifetime_s
+            raise ConfigError(f"HTTP probe: connection_lifetime_s is {given}. Allowed: 0 (no limit) to 3600")
+        if unknown := sorted(set(self.header_files) - set(self.headers)):
+            raise ConfigError(f"HTTP probe: header_files has {unknown[0]!r}, which is not among headers")
         if not _TOKEN.fullmatch(self.method) or self.method != self.method.upper():
             raise ConfigError(f"HTTP probe: method is {self.method!r}. Allowed: an upper-case word such as GET or POST")
         if self.bodies and self.method in ("GET", "HEAD"):

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from mlchaos_dagster.errors import ProbeError
+from mlchaos_dagster.probes._machine import trusting
 
 
 def success_ratio(
@@ -18,8 +19,9 @@ def success_ratio(
     method: str = "GET",
     bodies: Sequence[Any] = (),
     headers: Mapping[str, str] | None = None,
+    ca_file: str = "",
 ) -> float:
-    """Share of `count` requests, one after the other, that were answered below 400 in time.
+    """Share of `count` requests, one after the other, that were answered below 400 in time; https as the probe trusts.
 
     Raises:
         ProbeError: not one was answered at all; nobody knows how the target is.
@@ -27,7 +29,8 @@ def success_ratio(
     answered = good = 0
     error: httpx.HTTPError | None = None
     try:
-        with httpx.Client(timeout=timeout_s, trust_env=False, headers=dict(headers or {})) as client:
+        trust = trusting(ca_file) if ca_file else True
+        with httpx.Client(timeout=timeout_s, trust_env=False, headers=dict(headers or {}), verify=trust) as client:
             for k in range(count):
                 try:
                     response = client.request(method, url, json=bodies[k % len(bodies)] if bodies else None)
@@ -40,6 +43,8 @@ def success_ratio(
                 good += response.status_code < 400
     except (httpx.InvalidURL, ValueError) as e:
         raise ProbeError(f"{url}: {e}") from e
+    except OSError as e:
+        raise ProbeError(f"{ca_file}: {e}") from e
     if not answered:
         raise ProbeError(f"{url} does not answer: {error or 'no request was sent'}")
     return good / count

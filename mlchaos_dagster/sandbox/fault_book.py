@@ -102,7 +102,7 @@ class FaultBook:
                 self._truth.write("fault_removed", fault.target, None, lease, kind=fault.kind)
             # Ask every proxy, not only those we remember: their word counts, and they keep the tombstone too.
             proxies = [slot for slot in self._slots.values() if slot.role == "proxy"]
-            await asyncio.gather(*(self._clear_proxy(slot, lease) for slot in proxies))
+            await asyncio.gather(*(self.clear_proxy(slot, lease) for slot in proxies))
         return [{"target": fault.target, "kind": fault.kind, "params": fault.params} for fault in removed]
 
     async def present(self) -> dict[str, Any]:
@@ -297,11 +297,12 @@ class FaultBook:
             slot = self._slots.get(self._proxy_of(fault.target)) if fault.kind in NETWORK_KINDS else None
             others = [other for other in self._faults.values() if other is not fault]
             if slot is not None and not any(other.lease_id == fault.lease_id for other in others):
-                await self._clear_proxy(slot, fault.lease_id)
+                await self.clear_proxy(slot, fault.lease_id)
         elif (slot := self._slots.get(fault.target)) is not None and slot.release(fault.hold_key):
             self._truth.write("released", fault.target, None, fault.lease_id)
 
-    async def _clear_proxy(self, slot: Slot, lease: str) -> None:
+    async def clear_proxy(self, slot: Slot, lease: str) -> None:
+        """Take every rule of a lease from a proxy, for ever; one that does not confirm is killed."""
         if not slot.running or slot.port is None:
             return  # rules are set only after a proxy has reported its port
         try:

@@ -58,6 +58,7 @@ class Replica:
         self.name = name
         self.url = ""
         self.ready = False
+        self.isolated = False
         self.pending = 0
         self.breaker = breaker
 
@@ -215,7 +216,8 @@ class Gateway:
     # -- replicas ---------------------------------------------------------------------------------------------------
 
     def _in_rotation(self) -> list[Replica]:
-        return [r for r in self.replicas.values() if r.ready or not self.mechanisms["readiness"]]
+        every = [r for r in self.replicas.values() if not r.isolated]
+        return [r for r in every if r.ready or not self.mechanisms["readiness"]]
 
     def _choose(self, tried: set[str]) -> Replica | None:
         candidates = [r for r in self._in_rotation() if r.name not in tried]
@@ -308,6 +310,7 @@ class Gateway:
                 "in_rotation": len(rotation),
                 "ejected_replicas": [r.name for r in rotation if r.breaker.state != "closed"],
                 "ejections_total": ejections,
+                "isolated": [r.name for r in self.replicas.values() if r.isolated],
                 "fallback_total": self.totals["fallback"],
                 "requests_total": self.totals["requests"],
                 "errors_total": self.totals["errors"],
@@ -320,14 +323,14 @@ class Gateway:
         )
 
     async def endpoints(self, request: web.Request) -> web.Response:
-        """Take the supervisor's word on where upstreams are and which replicas are ready."""
+        """Take the supervisor's word on where upstreams are, and which replicas are ready or isolated."""
         wanted = await request.json()
         first, self.store_url = not self.store_url, wanted["feature_store"]
         for name in set(self.replicas) - set(wanted["replicas"]):
             self._ejected_before += self.replicas.pop(name).breaker.opened_total
         for name, known in wanted["replicas"].items():
             replica = self.replicas.setdefault(name, Replica(name, self._new_breaker()))
-            replica.url, replica.ready = known["url"], known["ready"]
+            replica.url, replica.ready, replica.isolated = known["url"], known["ready"], known["isolated"]
         if first and self.store_url:
             self._started = time.monotonic()
             self._priming = asyncio.get_running_loop().create_task(self.prime())

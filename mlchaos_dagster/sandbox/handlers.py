@@ -17,6 +17,9 @@ HANDLERS: dict[str, str] = {
     "cpu_stress": "stress:CpuStress",
     "memory_stress": "stress:MemoryStress",
     "queue_overflow": "overload:QueueOverflow",
+    "certificate_rotation": "rotation:CertificateRotation",
+    "credential_rotation": "rotation:CredentialRotation",
+    "network_isolation": "isolation:NetworkIsolation",
 }
 """Kind → ``module:Class`` under ``sandbox/``. A class is built once, with the supervisor."""
 

@@ -9,8 +9,8 @@ What a rule means here, where there are byte streams and no packets:
   same chunk; after the fourth loss in a row the connection is reset. All that follows waits behind it (head of line).
 - **partition**: no byte passes, on old and on new connections (they are accepted by the kernel, then hear nothing).
   When the partition ends, every connection that lost bytes or never reached its upstream is reset.
-- **refusal** (``s3_unavailable``, ``database_unavailable``): what a stopped server does. Connections that are open are
-  reset when the rule comes, new ones as soon as they are made.
+- **refusal** (``s3_unavailable``, ``database_unavailable``, ``network_isolation``): what a stopped server does.
+  Connections that are open are reset when the rule comes, new ones as soon as they are made.
 - **slow** (``s3_slow``): as latency.
 - **throttling** (``s3_throttled``): a ``fraction`` of the HTTP requests is answered ``503 Slow Down`` here and never
   reaches the upstream, on kept connections, too; only on links to an object store.

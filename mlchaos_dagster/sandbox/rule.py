@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SLOW = ("network_latency", "s3_slow")
-REFUSING = ("s3_unavailable", "database_unavailable")
+REFUSING = ("s3_unavailable", "database_unavailable", "network_isolation")
 _COUNTERS = ("delayed", "lost", "dropped", "resets", "refused", "throttled")
 
 

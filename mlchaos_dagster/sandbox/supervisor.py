@@ -64,6 +64,8 @@ class Supervisor:
         self.started_at = time.time()
         self.control_port = 0
         self.link_ports: dict[str, int] = {}
+        self.isolated: set[str] = set()
+        """Processes that are cut off: they are told of no others, and no others of them (see ``isolation``)."""
         self.parts: dict[str, Part] = {}
         self._polled: set[str] = set()
         self.states: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -247,7 +249,7 @@ class Supervisor:
     async def retire(self, slots: list[Slot]) -> None:
         """End the processes of slots that were scaled away."""
         if slots:
-            await self._push_endpoints()  # no new requests for them, and time to answer those they have
+            await self.push_endpoints()  # no new requests for them, and time to answer those they have
         await asyncio.gather(*(slot.stop("SIGTERM") for slot in slots))
 
     def _changed(self) -> None:
@@ -310,7 +312,7 @@ class Supervisor:
                 pass
             self._dirty.clear()
             await asyncio.gather(*(self._push_links(name) for name in sorted(set(self.links().values()))))
-            await self._push_endpoints()
+            await self.push_endpoints()
             await asyncio.gather(*(self._push_peers(slot) for slot in list(self.slots.values())))
             self._write_state()
 
@@ -342,6 +344,8 @@ class Supervisor:
             for glob, peers in one.peers.items():
                 if fnmatchcase(slot.name, glob):
                     wanted |= {key: self._url(name) for key, name in peers.items()}
+        if slot.name in self.isolated:
+            wanted = dict.fromkeys(wanted, "")
         if wanted:
             await self._push(slot, "/peers", wanted, json.dumps(wanted))
 
@@ -350,14 +354,20 @@ class Supervisor:
         if "->" in name:
             port = self.link_ports.get(name, 0) if self._upstream(name) else 0
         else:
-            port = self.slots[name].last_port if name in self.slots else 0
+            port = self.slots[name].last_port if name in self.slots and name not in self.isolated else 0
         return f"http://127.0.0.1:{port}" if port else ""
 
-    async def _push_endpoints(self) -> None:
+    async def push_endpoints(self) -> None:
+        """Tell the gateway where everything is, if something of it is new."""
         if _STORE_LINK not in self.link_ports:
             return
+        quarantined = self.isolated if self.config.mechanisms["segmentation"] else set[str]()
         replicas = {
-            name: {"url": f"http://127.0.0.1:{self.link_ports[f'gateway->{name}']}", "ready": slot.ready}
+            name: {
+                "url": f"http://127.0.0.1:{self.link_ports[f'gateway->{name}']}",
+                "ready": slot.ready,
+                "isolated": name in quarantined,
+            }
             for name, slot in self.slots.items()
             if slot.role == "inference" and f"gateway->{name}" in self.link_ports
         }

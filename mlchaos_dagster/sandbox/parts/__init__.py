@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from mlchaos_dagster.sandbox.slots import Slot
     from mlchaos_dagster.sandbox.supervisor import Supervisor
 
-NAMES: tuple[str, ...] = ("storage", "training", "features", "model_health", "models", "scaling", "tracking", "queue")
+NAMES: tuple[str, ...] = (
+    "storage",
+    "training",
+    "features",
+    "model_health",
+    "models",
+    "scaling",
+    "tracking",
+    "queue",
+    "edge",
+)
 """All parts, in the order in which they can be started: each after those it requires."""
 
 
