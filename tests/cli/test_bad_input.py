@@ -154,7 +154,7 @@ def test_an_experiment_that_the_environment_has_no_backend_for(cli: Cli, tmp_pat
         (
             "  rate: 50",
             "  headers: {Authorization: Bearer hunter2hunter2}\n  rate: 50",
-            "other.yaml:18:28  probe.headers.Authorization: a secret is not written here. Allowed: env:NAME or file:PATH.",
+            ":28  probe.headers.Authorization: a secret is not written here. Allowed: env:NAME or file:PATH.",
         ),
     ],
 )
