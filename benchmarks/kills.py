@@ -53,6 +53,9 @@ FAULTS = {
     "tracking-database-corruption": "database_corruption",
     "tracking-database-unavailable": "database_unavailable",
     "queue-overflow": "queue_overflow",
+    "edge-certificate-rotation": "certificate_rotation",
+    "edge-credential-rotation": "credential_rotation",
+    "compromised-replica-isolation": "network_isolation",
 }
 """Experiment → its fault kind: every kind has at least one."""
 WITHOUT_DEADLINE = {

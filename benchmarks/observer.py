@@ -12,8 +12,10 @@ import json
 import os
 import socket
 import sqlite3
+import ssl
 import statistics
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,49 @@ class Observer:
                 found.append(f"{name.decode()} pid {entry.parent.name}")
         return found
 
+    def edge(self) -> list[str]:
+        """What a rotation or an isolation may have left, by plain TLS, plain HTTP and the files themselves."""
+        where = self.state().get("edge")
+        if not where:
+            return []
+        found = []
+        accepted = json.loads((self.sandbox / "edge" / "accepted.json").read_text())
+        secret = Path(where["credential_file"]).read_text().strip()
+        if [one["sha256"] for one in accepted] != [hashlib.sha256(secret.encode()).hexdigest()]:
+            found.append(f"{len(accepted)} credentials are accepted, or clients have another one")
+        host, port = where["url"].removeprefix("https://").split(":")
+        context = ssl.create_default_context(cafile=where["ca"])
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        try:
+            with socket.create_connection((host, int(port)), timeout=1) as bare:
+                with context.wrap_socket(bare, server_hostname=host) as s:
+                    s.sendall(f"GET /whoami HTTP/1.1\r\nHost: x\r\nAuthorization: {secret}\r\n\r\n".encode())
+                    if b" 200 " not in s.recv(64).split(b"\r\n")[0]:
+                        found.append("the edge refuses the credential that clients have")
+                    served = ssl.DER_cert_to_PEM_cert(s.getpeercert(binary_form=True) or b"")
+        except OSError as e:
+            return found if self.platform_gone() else [*found, f"no TLS with the edge: {e}"]
+        own = (self.sandbox / "edge" / "server.pem").read_text()
+        if served.split("\n")[1:-2] != own[own.index("-----BEGIN CERT") :].strip().split("\n")[1:-1]:
+            found.append("the edge serves another certificate than the one on disk")
+        before = hashlib.sha256(b"").hexdigest()
+        log = self.sandbox / "audit.jsonl"
+        for number, line in enumerate(log.read_bytes().splitlines() if log.exists() else [], 1):
+            if json.loads(line)["prev"] != before:
+                found.append(f"line {number} of the audit log does not fit the one before")
+                break
+            before = hashlib.sha256(line).hexdigest()
+        return found
+
+    def quarantined(self) -> list[str]:
+        """Replicas that the gateway says are isolated."""
+        try:
+            port = self.state()["ports"]["gateway"]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/state", timeout=1) as answer:
+                return json.load(answer).get("isolated", [])
+        except (OSError, ValueError, KeyError):
+            return []
+
     def wrong(self) -> list[str]:
         """Everything that a fault may have left; empty is clean. A platform that is gone holds no fault but in files."""
         left = self.damaged_files() + self.damaged_features() + self.damaged_databases() + self.strangers()
@@ -226,6 +271,8 @@ class Observer:
             + [f"truth log: {lease} on {who}" for lease, who in self.live_faults()]
             + [f"link {name} does not answer in {SLOW_S:g} s" for name in self.bad_links()]
             + [f"link {name} throttles" for name in self.throttled_links()]
+            + [f"{name} is kept out of rotation" for name in self.quarantined()]
+            + self.edge()
         )
 
     def fault_seen(self) -> bool:

@@ -72,9 +72,10 @@ async def note(path: Path, who: str, what: str, where: str, **details: Any) -> H
 
 
 def verify(path: Path, known: Head | None = None) -> int | None:
-    """Number of the first line that is not as it was written; None when all are.
+    """Number of the first line that does not fit the one before it; None when all do.
 
-    ``known``: a line somebody remembers; it must still be there. A log that does not exist has no lines.
+    That line or the one before is not as it was written. ``known``: a line that somebody remembers and that must still be
+    there; without it nobody can tell about the last line. A log that does not exist has no lines.
     """
     try:
         lines = path.read_bytes().split(b"\n")
