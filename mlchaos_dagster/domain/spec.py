@@ -238,6 +238,7 @@ Mechanism = Literal[
     "cert_reload",
     "credential_overlap",
     "segmentation",
+    "degraded",
 ]
 """Resilience mechanisms of the embedded platform; what each does is said in sandbox/config.py."""
 

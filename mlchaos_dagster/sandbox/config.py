@@ -25,6 +25,7 @@ MECHANISMS = (
     "cert_reload",
     "credential_overlap",
     "segmentation",
+    "degraded",
 )
 """Resilience mechanisms that can be switched off at start.
 
@@ -47,6 +48,7 @@ MECHANISMS = (
 - ``cert_reload``: the edge takes a new certificate without closing connections.
 - ``credential_overlap``: old and new API credentials are both accepted for a while.
 - ``segmentation``: a process that was isolated is taken out of rotation before requests are lost on it.
+- ``degraded``: with every replica ejected, the last prediction for the same entity is the answer.
 """
 
 MAX_REPLICAS = 20

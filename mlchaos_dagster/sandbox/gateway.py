@@ -5,7 +5,8 @@ The answer says in ``X-Answered-By`` which path gave it: ``model`` (live feature
 ``error`` (503, 504), and in ``X-Replica`` which replica. GET /state says how the mechanisms stand.
 
 Ejection of a single replica (5 failed tries of its last 10 → no traffic for ``breaker_open_s``) is part of the
-``breaker`` mechanism. With every ready replica ejected, all of them are tried: guessing beats certain failure.
+``breaker`` mechanism. With every ready replica ejected, the last answer for the same entity is given (mechanism
+``degraded``, path ``cache``); where there is none, all of them are tried: guessing beats certain failure.
 
 Features are checked before they reach the model (``feature_validation``, see :mod:`.feature_checks`). A row that is refused
 is answered from the cache, as if the store had not answered; no refused row ever enters the cache. Where features are
@@ -31,6 +32,8 @@ from .lifeline import Lifeline
 from .service import Service
 
 _CACHE_ROWS = 2000
+_ANSWER_LASTS_S = 300.0
+"""A prediction that is older says nothing about now."""
 _JITTER_S = (0.005, 0.025)
 _PRIME_FOR_S = 2.0
 _LOOK_EVERY_S = 10.0
@@ -89,6 +92,8 @@ class Gateway:
         self.cache_limit_s: float = config["feature_cache_limit_s"]
         self._refreshed = False
         self.refused: dict[str, int] = dict.fromkeys(REASONS, 0)
+        self.answers: OrderedDict[int, tuple[float, dict[str, Any], str]] = OrderedDict()
+        """Entity → (when, answer, replica) of the last answer with live features."""
         self._turn = 0
         self._rng = random.Random()
         self._started = time.monotonic()
@@ -294,9 +299,33 @@ class Gateway:
         return web.json_response(body, status=status, headers=headers)
 
     async def _answer(self, entity: int) -> tuple[dict[str, Any], str, str]:
+        known = self._last_answer(entity)
+        if known is not None and self._all_ejected(resting=True):
+            return known  # nobody to ask: trying would only make the caller wait
         vector, path = await self.features(entity)
-        answer, replica = await self.score(vector)
+        try:
+            answer, replica = await self.score(vector)
+        except Unanswered:
+            if known is None or not self._all_ejected():
+                raise
+            return known
+        if path == "model":
+            self.answers[entity] = (time.monotonic(), {"entity_id": entity, **answer}, replica)
+            self.answers.move_to_end(entity)
+            if len(self.answers) > _CACHE_ROWS:
+                self.answers.popitem(last=False)
         return {"entity_id": entity, **answer}, path, replica
+
+    def _last_answer(self, entity: int) -> tuple[dict[str, Any], str, str] | None:
+        """What the model last said of an entity, if that is allowed and not too long ago."""
+        at, answer, replica = self.answers.get(entity, (0.0, {}, ""))
+        fresh = answer and time.monotonic() - at <= _ANSWER_LASTS_S
+        return (answer, "cache", replica) if fresh and self.mechanisms["degraded"] else None
+
+    def _all_ejected(self, resting: bool = False) -> bool:
+        """Whether no replica in rotation is healthy; ``resting``: and none of them is due for a trial, either."""
+        rotation = self._in_rotation()
+        return not any(r.breaker.would_allow() if resting else r.breaker.state == "closed" for r in rotation)
 
     async def state(self, request: web.Request) -> web.Response:
         """How the mechanisms stand, for signals and people."""
