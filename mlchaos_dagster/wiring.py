@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 from mlchaos_dagster.engine.ports import Budget, Driver, Health, RequestSource, SignalSource, StopSource, SystemClock
-from mlchaos_dagster.errors import ConfigError, ProbeError, SpecError
+from mlchaos_dagster.errors import ConfigError, DriverUnavailable, ProbeError, SpecError
 from mlchaos_dagster.settings import Home, Settings, resolved
 
 if TYPE_CHECKING:
@@ -56,8 +56,13 @@ def driver(name: str, home: Home, environment: str) -> Driver:
     """The driver of a backend, as the watchdog and the sweeper build it: from names only.
 
     Raises:
+        DriverUnavailable: no environment (of a lease that cannot be read any more).
         SpecError: no such backend.
     """
+    if not environment:
+        raise DriverUnavailable(
+            "the lease's environment is not known: name it with `mlchaos -e ENVIRONMENT recover LEASE`", driver=name
+        )
     if name not in DRIVERS:
         raise SpecError(f'no such backend "{name}". Allowed: {", ".join(DRIVERS)}', "backends")
     module, _, attribute = DRIVERS[name].partition(":")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import click
 
 from mlchaos_dagster.cli.app import common, current, leave
 from mlchaos_dagster.errors import SpecError
+
+if TYPE_CHECKING:
+    from mlchaos_dagster.cli.places import Places
 
 _UNCLEAN = 70
 _HUNG_S = 5.0
@@ -15,8 +21,13 @@ _HUNG_S = 5.0
 @click.command("recover")
 @click.argument("leases", nargs=-1, metavar="[LEASE]...")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option(
+    "--write-off",
+    metavar="REASON",
+    help="Close the LEASEs without proof, because a person made sure or the target is gone for good. Logged.",
+)
 @common
-def command(leases: tuple[str, ...], dry_run: bool) -> None:
+def command(leases: tuple[str, ...], dry_run: bool, write_off: str | None) -> None:
     """Recover every open lease whose run is gone or hangs; with LEASE ids those, whoever holds them.
 
     Exits with 0 when nothing is left, and with 70 when a fault may still be live.
@@ -32,6 +43,11 @@ def command(leases: tuple[str, ...], dry_run: bool) -> None:
         if lease_id not in known:
             allowed = ", ".join(sorted(known)) or "none: no lease is open"
             raise SpecError(f'no open lease "{lease_id}". Allowed: {allowed}.', "LEASE")
+    if write_off is not None:
+        if not leases or not write_off.strip() or dry_run:
+            raise SpecError("needs LEASE ids and a reason, and no --dry-run", "--write-off")
+        _write_off(places, leases, write_off.strip())
+        return
     found = sweep(
         places.ledger,
         places.driver,
@@ -69,3 +85,15 @@ def command(leases: tuple[str, ...], dry_run: bool) -> None:
         app.out("nothing to recover: no fault was left behind")
     if left:
         leave(_UNCLEAN)
+
+
+def _write_off(places: Places, leases: tuple[str, ...], reason: str) -> None:
+    """Close leases on a person's word; their backups are kept. Raises StoreError."""
+    who = places.app.settings.user or "somebody"
+    for lease_id in leases:
+        lease = places.ledger.fence(lease_id, f"{who} by write-off")
+        said = f"written off by {who}, without proof: {reason}"
+        places.ledger.close(replace(lease, targets=()), (said,))
+        places.incidents.write("unclean", f"lease {lease_id} {said}", lease=lease_id)
+        places.app.out(f"written off  lease {lease_id}: nobody proved that its fault is gone")
+    places.app.dump({"home": str(places.app.settings.home.root), "clean": False, "written_off": list(leases)})

@@ -136,7 +136,8 @@ class SandboxDriver:
         if remaining_s <= 0:
             raise InjectFailed("the lease's deadline has passed", driver=NAME, verb="inject", lease_id=lease.id)
         client = api.SandboxClient(directory)
-        for target in lease.targets:
+        for number, target in enumerate(lease.targets):
+            step(number, len(lease.targets))
             try:
                 client.add_fault(
                     lease_id=lease.id,

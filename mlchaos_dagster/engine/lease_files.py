@@ -40,6 +40,8 @@ _CLOSED_KEPT = 1000
 _POLL_S = 0.005
 # Slots of a beat file: renewal counter, stop request, who fenced. Written in place, never in one another's way.
 SLOT_STOP, SLOT_FENCE, SLOT_END = 32, 544, 1024
+_ENVIRONMENT_BYTES = 128
+"""Behind the slots: the lease's environment, so that a lease whose file is damaged is still looked for where it is."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class LeaseFiles:
     def __init__(self, directory: Path, clock: Clock) -> None:
         self.directory, self.clock = directory, clock
         self.open, self.closed = directory / "open", directory / "closed"
+        self._undo_seen: dict[str, tuple[tuple[str, int, int, int], dict[str, Any]]] = {}
         self.beats, self.undo = directory / "beats", directory / "undo"
 
     def names(self) -> list[str]:
@@ -106,18 +109,28 @@ class LeaseFiles:
         """
         stored = self.peek(entry.path)
         if "undo_sha256" in stored:
-            try:
-                undo = (self.undo / f"{entry.lease_id}.json").read_bytes()
-            except FileNotFoundError as e:  # not to be mistaken for a lease that is gone
-                raise ValueError("its undo data is lost") from e
-            if hashlib.sha256(undo).hexdigest() != stored["undo_sha256"]:
-                raise ValueError("its undo data is damaged")
-            stored["undo"] = json.loads(undo)
+            stored["undo"] = self._large_undo(entry.lease_id, stored["undo_sha256"])
         lease = _LEASE.validate_python(stored)
         if (lease.id, lease.driver) != (entry.lease_id, entry.driver):
             raise ValueError("name and content differ")
         stop = self.slots(lease.id)[SLOT_STOP:SLOT_FENCE].decode(errors="replace").strip()
         return replace(lease, token=entry.token or lease.token, stop_requested=stop or lease.stop_requested)
+
+    def _large_undo(self, lease_id: str, sha256: str) -> dict[str, Any]:
+        """Megabytes perhaps, and asked for ten times a second: read again only when the file is another. Raises ValueError."""
+        path = self.undo / f"{lease_id}.json"
+        try:
+            found = path.stat()
+            seen = (sha256, found.st_ino, found.st_size, found.st_mtime_ns)
+            known = self._undo_seen.get(lease_id)
+            if known is None or known[0] != seen:
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise ValueError("its undo data is damaged")
+                self._undo_seen[lease_id] = (seen, json.loads(content))
+        except FileNotFoundError as e:  # not to be mistaken for a lease that is gone
+            raise ValueError("its undo data is lost") from e
+        return self._undo_seen[lease_id][1]
 
     def peek(self, path: Path) -> dict[str, Any]:
         """The raw content of a lease file. Raises OSError, ValueError."""
@@ -154,7 +167,8 @@ class LeaseFiles:
                 stored["undo"] = {}
                 stored["undo_sha256"] = hashlib.sha256(undo).hexdigest()
             # A real write, not a hole: renewals find their block reserved. Durable with the directory below.
-            write_atomic(self.beats / lease.id, number_slot(0) + b" " * (SLOT_END - SLOT_STOP))
+            environment = lease.environment.encode()[:_ENVIRONMENT_BYTES].ljust(_ENVIRONMENT_BYTES)
+            write_atomic(self.beats / lease.id, number_slot(0) + b" " * (SLOT_END - SLOT_STOP) + environment)
             write_json(self.open / f"{lease.id}.{lease.driver}.json", stored)
         except BaseException:  # also an interrupt: a lease that open() did not return must not stay
             self.discard(lease)
@@ -238,6 +252,10 @@ class LeaseFiles:
             return (self.beats / lease_id).read_bytes().replace(b"\0", b" ")
         except OSError:
             return b""
+
+    def environment_of(self, lease_id: str) -> str:
+        """Of a lease whose file cannot be read; empty when this cannot, either."""
+        return self.slots(lease_id)[SLOT_END:].decode(errors="replace").strip()
 
     def count(self, lease_id: str) -> None:
         """One renewal: one write in place, no fsync (it means nothing after a power loss). Raises OSError."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,9 @@ from mlchaos_dagster.errors import InternalError, LeaseRefused, StoreError
 from mlchaos_dagster.settings import Home
 
 _NOBODY = Owner(pid=0, started=0.0, boot_id="", host="")
+
+
+_BACKUP_KEPT_S = 86_400.0
 
 
 class FileLedger:
@@ -102,6 +106,7 @@ class FileLedger:
                     self._files.discard(lease)
                     raise
                 self._files.tidy()
+                self._tidy_backups()
         except OSError as e:
             raise StoreError(f"cannot write the lease {lease.id}: {e.strerror or e}") from e
         return lease
@@ -162,7 +167,8 @@ class FileLedger:
         for leftover in (self._files.beats / lease.id, self._files.undo / f"{lease.id}.json"):
             with contextlib.suppress(OSError):
                 leftover.unlink()
-        shutil.rmtree(self.directory / "backups" / lease.id, ignore_errors=True)
+        if lease.targets:  # of a lease whose content was lost nobody can say that its backup is not needed
+            shutil.rmtree(self.directory / "backups" / lease.id, ignore_errors=True)
         with contextlib.suppress(StoreError):
             facts = {"lease": lease.id, "token": lease.token, "at": self.clock.wall(), "evidence": list(evidence)}
             write_json(self._files.closed / f"{lease.id}.{lease.driver}.evidence.json", facts)
@@ -254,7 +260,8 @@ class FileLedger:
     def stub(self, path: Path | str) -> Lease | None:
         """An unreadable lease, rebuilt from its name: enough for a driver that labels its faults with the lease id.
 
-        Owner, environment, targets and undo data are unknown (empty). None when the name tells nothing.
+        Owner, targets and undo data are unknown (empty), the environment is read from the beat file where that is whole.
+        None when the name tells nothing.
         """
         entry = parse(Path(path))
         if entry is None:
@@ -263,7 +270,7 @@ class FileLedger:
             id=entry.lease_id,
             run_id="",
             experiment="",
-            environment="",
+            environment=self._files.environment_of(entry.lease_id),
             driver=entry.driver,
             kind="",
             targets=(),
@@ -345,6 +352,18 @@ class FileLedger:
                     f"{', '.join(shared)} held by run {other.run_id} ({other.experiment}), lease {other.id}"
                 )
 
+    def _tidy_backups(self) -> None:
+        """Copies of processes that died between copy and lease. Old ones only: a copy is made before its lease is written."""
+        with contextlib.suppress(OSError):
+            for path in (self.directory / "backups").iterdir():
+                old = time.time() - path.stat().st_mtime > _BACKUP_KEPT_S
+                if old and self._files.find(path.name) is None and not self._was_lost(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _was_lost(self, lease_id: str) -> bool:
+        """Whether a lease of this id was closed without being readable: then its backup is kept for people."""
+        return any(self._files.closed.glob(f"{lease_id}.*"))
+
     def _closed_by(self, lease: Lease) -> bool:
         for path in self._files.closed.glob(f"{lease.id}.{lease.driver}*.json"):
             entry = parse(path)
@@ -353,7 +372,7 @@ class FileLedger:
         return False
 
     def _fate(self, lease: Lease) -> str:
-        by = self._files.slots(lease.id)[SLOT_FENCE:].decode(errors="replace").strip()
+        by = self._files.slots(lease.id)[SLOT_FENCE:SLOT_END].decode(errors="replace").strip()
         if self._files.find(lease.id) is None:
             return "it is closed or gone"
         return f"taken over by {by}" if by else "it was taken over, or its file is unreadable"

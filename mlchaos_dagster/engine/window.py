@@ -138,7 +138,8 @@ def _watchful(
         t = run.watch.pump()
         if renew is not None:
             renew.look(t)
-        run.tell("progress", {"what": what, "done": done, "total": total})
+        if total:
+            run.tell("progress", {"what": what, "done": done, "total": total})
         if not stoppable:
             return
         run.abort = run.abort or run.watch.wants_out(t, trackers, run.watcher)
@@ -315,7 +316,7 @@ def _take_away(run: Run, lease: Lease) -> None:
     while True:
         try:
             kit.driver.recover(lease, step)
-            evidence = kit.driver.active(lease)
+            evidence = _read_back(run, lease, step)
             said = "; ".join(evidence.lines)
         except Exception as e:  # noqa: BLE001  a crashing driver is one failed attempt, not the end of the recovery
             said = str(e) if isinstance(e, DriverError) else f"{type(e).__name__}: {e}"
@@ -353,6 +354,19 @@ def _renew(run: Run, lease: Lease) -> None:
         run.kit.ledger.renew(lease)
     except StoreError:
         pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
+
+
+def _read_back(run: Run, lease: Lease, step: Step) -> Evidence:
+    """What the target says, while measurements and renewals go on: to read it may take seconds."""
+    if run.kit.background is None:
+        return run.kit.driver.active(lease)
+    poll = run.kit.background(lambda: run.kit.driver.active(lease))
+    while not (found := poll())[0]:
+        step(0, 0)
+        run.kit.clock.sleep(0.005)
+    if isinstance(found[1], Exception):
+        raise found[1]
+    return found[1]
 
 
 class _Kept(Renewal):

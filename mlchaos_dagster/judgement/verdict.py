@@ -7,6 +7,8 @@ What was not seen is INCONCLUSIVE, never a pass; what was seen to break is DEVIA
 
 from __future__ import annotations
 
+import statistics
+
 from mlchaos_dagster.domain.environment import VALUE_MEASURES
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import (
@@ -23,6 +25,10 @@ from mlchaos_dagster.judgement.comeback import allowance_of, readings, recovery_
 from mlchaos_dagster.judgement.measures import Phase, describe, reference_of, steady
 from mlchaos_dagster.judgement.recovery import first_bad
 from mlchaos_dagster.judgement.results import sli_results
+
+_NOISE = 3.0
+"""Standard deviations of the baseline beyond its extremes: twice as many readings of mere noise exceed its maximum in two of
+three runs, but that plus this in none of thousands."""
 
 JUDGED_BY = "mlchaos/judgement/v1"
 
@@ -249,11 +255,12 @@ def _expectation(
     if not during or not before:
         return ExpectationResult(expected=words, seen=None, saw=f"{expected.signal} was not measured")
     low, high = min(during), max(during)
+    noise = _NOISE * statistics.pstdev(before)
     saw = f"{expected.signal} was {_range(before)} before and {_range(during)} during the fault"
     if expected.drops:
-        seen = low < min(before)
+        seen = low < min(before) - noise
     elif expected.rises:
-        seen = high > max(before)
+        seen = high > max(before) + noise
     elif expected.reaches is not None:
         if max(before) >= expected.reaches.value:
             return ExpectationResult(expected=words, seen=None, saw=f"{saw}: it was there without the fault")

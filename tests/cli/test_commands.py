@@ -383,3 +383,17 @@ def test_a_table_cuts_its_last_column_between_words() -> None:
     assert app_module.table(("X", "WHY"), rows, 20).splitlines()[1:] == ["a  one two three…", "b  short"]
     assert app_module.table(("X", "WHY"), rows).splitlines()[1] == "a  one two three four five six"
     assert len(app_module.table(("X", "WHY"), [("a", "y" * 90)], 40).splitlines()[1]) == 40
+
+
+def test_a_lease_that_nobody_can_prove_clean_is_written_off_with_a_reason_and_a_trace(
+    cli: Cli, home: Path, deaf: subprocess.Popen[str]
+) -> None:
+    os.kill(deaf.pid, signal.SIGKILL)
+    deaf.wait(5)
+    assert cli("recover", "--write-off", "no lease named").code == 2
+    assert cli("recover", "lease-1", "--write-off", " ").code == 2
+    assert len(json.loads(cli("status", "-o", "json").out)["open_leases"]) == 1
+    answer = json.loads(cli("recover", "lease-1", "--write-off", "the bucket was deleted", "-o", "json").out)
+    assert answer["written_off"] == ["lease-1"] and answer["clean"] is False
+    assert json.loads(cli("status", "-o", "json").out)["open_leases"] == []
+    assert "the bucket was deleted" in (home / "incidents.jsonl").read_text()

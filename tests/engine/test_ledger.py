@@ -109,6 +109,27 @@ def test_large_undo_data_lies_apart_and_is_checked(ledger):
     assert files(ledger, "undo") == []
 
 
+def test_a_backup_goes_with_its_lease_but_not_with_one_whose_content_was_lost(ledger):
+    for lease_id in ("a", "b"):
+        copy = ledger.directory / "backups" / lease_id / "original"
+        copy.parent.mkdir(parents=True)
+        copy.write_text("x")
+    ledger.close(ledger.open(make_lease("a", targets=("t1",))), ())
+    assert files(ledger, "backups") == ["b"]
+    ledger.open(make_lease("b", targets=("t2",)))
+    (ledger.directory / "open" / "b.files.json").write_text("{")
+    stub = ledger.fence("b", "somebody")
+    assert not stub.targets and stub.environment == "test", "where it is can still be told"
+    ledger.close(stub, ())
+    assert files(ledger, "backups") == ["b"], "nobody knows what the backup is needed for"
+    old = ledger.directory / "backups" / "orphan"
+    old.mkdir()
+    os.utime(old, (1, 1))
+    os.utime(ledger.directory / "backups" / "b", (1, 1))
+    ledger.open(make_lease("c", targets=("t3",)))
+    assert files(ledger, "backups") == ["b"], "of a process that died between copy and lease"
+
+
 # -- renewals, fencing -------------------------------------------------------------------------------------------------
 
 

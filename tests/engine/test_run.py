@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,27 @@ def test_a_stop_during_the_recovery_sampling_ends_it_and_is_remembered(tmp_path:
     record = run_experiment(run)
     assert run.stopped_late == "enough" and record.abort is None
     assert record.after is not None and record.after.length < 5
+
+
+def test_noise_is_no_effect(tmp_path: Path) -> None:
+    """A gauge that only wanders is not said to have risen, though twice as many readings exceed its former maximum."""
+    from mlchaos_dagster.domain.record import Samples, SignalSample, Span
+    from mlchaos_dagster.domain.spec import Expectation
+    from mlchaos_dagster.judgement.verdict import _expectation
+
+    record, _ = outcome(tmp_path, World())
+    rng = random.Random(3)
+    seen = 0
+    for _ in range(100):
+        noise = [SignalSample(0.05 * k, "noise", rng.gauss(0, 1)) for k in range(460)]
+        spans = {"baseline": Span(start=0.0, end=8.0), "window": Span(start=8.0, end=23.0)}
+        found = _expectation(
+            Expectation(signal="noise", rises=True), record.model_copy(update=spans), Samples([], noise), {}
+        )
+        seen += bool(found.seen)
+    assert seen == 0
+    risen = [s._replace(value=s.value + 8) if s.t > 12 else s for s in noise]
+    found = _expectation(
+        Expectation(signal="noise", rises=True), record.model_copy(update=spans), Samples([], risen), {}
+    )
+    assert found.seen

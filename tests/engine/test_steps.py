@@ -89,3 +89,29 @@ def test_what_cannot_be_undone_is_refused_and_its_copy_removed(tmp_path: Path) -
     record = run_experiment(run)
     assert judge(record, run.samples).outcome is Outcome.REFUSED
     assert not world.injections and not backups(tmp_path)
+
+
+def test_reading_back_may_take_its_time_while_the_lease_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World()
+    run = build(tmp_path, world)
+    times = longest_silence(run, monkeypatch)
+    real, clock = run.kit.driver.active, world.clock
+
+    def in_the_background(read):
+        ready_at, result = clock.t + (8.0 if world.fenced else 0.0), []
+
+        def poll():
+            if clock.t < ready_at:
+                return False, None
+            result.append(real(next(iter(world.faults.values()), None) or run.kit.ledger.leases()[0]))
+            return True, result[-1]
+
+        return poll
+
+    run.kit.background = in_the_background
+    record = run_experiment(run)
+    assert record.clean is not None and record.clean.proven
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert max(gaps) < run.environment.safety.lease_ttl / 2, "the watchdog would have taken it for hung"

@@ -279,7 +279,9 @@ def test_unreadable_leases_are_never_passed_over(scene):
     assert (named.action, named.command) == ("left", "mlchaos recover a") and faults(scene.home)
     assert lost.action == "left" and "some thing.json" in lost.command and not lost.clean
     [result] = scene.sweep(force="recover", only={"a"})
-    assert result.clean and not faults(scene.home) and scene.built == [("files", "")]
+    assert result.clean and not faults(scene.home) and scene.built == [("files", "test")], (
+        "it is looked for where it was made"
+    )
     assert len(scene.ledger.unreadable()) == 1
 
 
