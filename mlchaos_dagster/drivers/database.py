@@ -13,6 +13,10 @@ own: it can only have written what it could read, since noise never passes as a 
 transactions during the fault either kept clear of damaged pages or failed whole. What was committed meanwhile is thereby
 kept, not copied. Should the integrity check fail all the same, the snapshot as a whole takes the content's place (by
 SQLite's backup API, as one transaction), and the file as it was stays beside it as `<name>.damaged-<lease>`, and is told.
+Only where we damaged something: what others broke, or put in the file's place, is told and left alone.
+
+A lease whose content was lost knows neither its databases nor its backup. So `inject` leaves what `undo` found beside the
+damage, as `<name>.backup-<lease>`, before it touches a page; noise that has no such file is found by the lease's id.
 
 Killed at any moment: before the pages are kept nothing is damaged; after, each page is either original or noise, and the
 next `recover` tells them apart. The damage has no deadline of its own.
@@ -134,57 +138,72 @@ class DatabaseDriver:
         """Put back the original of every page that still holds our noise; see the module for what else may be needed.
 
         Raises:
-            RecoverFailed: a database is still damaged, or could not be looked at.
+            RecoverFailed: a database still has our damage or could not be looked at, or the lease could not be marked
+                as recovered. All other databases are restored.
         """
-        for name in lease.targets:
-            facts = _facts(lease, name, "recover")
-            path, copy = Path(facts["path"]), Path(facts["backup"])
+        failed: list[str] = []
+        for name, facts in self._known(lease, "recover"):
             try:
-                if copy.parent.is_dir():
-                    (copy.parent / _RECOVERED).touch()
-                    sqlite.sync(copy.parent / _RECOVERED)
-                if not path.exists():
-                    continue
-                with sqlite.raw(path) as file, sqlite.locked(path):
-                    _put_back(file, facts, lease, step)
-                if sqlite.problems(path):
-                    _replace(path, facts, lease)
-                wrong = sqlite.problems(path)
+                failed += _restore(name, facts, lease, step)
             except _ERRORS as error:
-                raise RecoverFailed(f"{name}: {error}", driver=NAME, verb="recover", lease_id=lease.id) from error
-            if wrong:
-                said = f"{path}: integrity check: {'; '.join(wrong)}"
-                raise RecoverFailed(said, driver=NAME, verb="recover", lease_id=lease.id)
+                failed.append(f"{name}: {error}")
+        if failed:
+            raise RecoverFailed("; ".join(failed), driver=NAME, verb="recover", lease_id=lease.id)
 
     def active(self, lease: Lease) -> Evidence:
         """What the file says now: pages with our noise, the integrity check, the rows that were recorded.
 
         Raises:
-            DriverUnavailable: a database could not be read (locked by a long transaction).
+            DriverUnavailable: a database could not be read (locked by a long transaction), or there is none to look at
+                for a lease whose content was lost.
         """
         present, effective, lines = False, True, list[str]()
-        for name in lease.targets:
-            facts = _facts(lease, name, "active")
+        for name, facts in self._known(lease, "active"):
             path = Path(facts["path"])
             if not path.exists():
-                lines.append(f"{path} is gone: no damage can be there")
+                lines.append(f"{path} is gone, and the damage with it")
                 effective = False
                 continue
             try:
-                noisy = sqlite.damaged(path, lease.id)
+                noisy = _noisy(path, facts, lease)
+                if not noisy and not sqlite.is_database(path):
+                    lines.append(f"{path} is no database (any more), and no page of it holds our noise: left alone")
+                    effective = False
+                    continue
                 wrong = sqlite.problems(path)
-                if noisy or wrong:
+                if noisy or (wrong and _may_be_ours(facts)):
                     present, effective = True, effective and bool(noisy and wrong)
-                    lines.append(f"{name}: {len(noisy)} of {facts['pages']} pages damaged")
+                    lines.append(f"{name}: {len(noisy)} of {facts.get('pages', 'unknown')} pages damaged")
                     lines.append(f"{name}: integrity check: {'; '.join(wrong) or 'ok'}")
                     continue
                 effective = False
-                lines += [f"{name}: integrity check: ok", *_rows(path, facts)]
+                if wrong:
+                    lines.append(f"{name}: integrity check: {'; '.join(wrong)}")
+                    lines.append(f"{name}: not ours, and left alone: no page was damaged by lease {lease.id}")
+                else:
+                    lines += [f"{name}: integrity check: ok", *_rows(path, facts)]
             except _ERRORS as error:
                 raise DriverUnavailable(f"{name}: {error}", driver=NAME, verb="active", lease_id=lease.id) from error
             if (aside := _aside(path, lease)).exists():
                 lines.append(f"{name} was replaced by its snapshot; what it was lies in {aside}")
         return Evidence(present=present, effective=effective, lines=tuple(lines))
+
+    def _known(self, lease: Lease, verb: str) -> list[tuple[str, dict[str, Any]]]:
+        """Each database and what the lease says of it; without that, what lies beside it; without that, only its path."""
+        if lease.undo.get("databases") and lease.targets:
+            return [(name, _facts(lease, name, verb)) for name in lease.targets]
+        data = self.directory / "data"
+        paths = {path.stem: path for path in data.glob(f"*{_SUFFIX}")}
+        kept = {path.name.partition(_SUFFIX)[0]: path for path in data.glob(f"*{_SUFFIX}.backup-{lease.id}")}
+        names = lease.targets or tuple(sorted({*paths, *kept}))
+        if not names or not {*names} <= {*paths, *kept}:
+            said = f"the lease's undo data is lost, and there is no database in {data} that could be looked at"
+            error = {"recover": RecoverFailed, "active": DriverUnavailable}[verb]
+            raise error(said, driver=NAME, verb=verb, lease_id=lease.id)
+        return [
+            (name, _told_beside(kept.get(name)) or {"path": str((data / f"{name}{_SUFFIX}").resolve())})
+            for name in names
+        ]
 
 
 def _facts(lease: Lease, name: str, verb: str) -> dict[str, Any]:
@@ -194,6 +213,55 @@ def _facts(lease: Lease, name: str, verb: str) -> dict[str, Any]:
         said = f"the lease does not say where {name} is; its file was damaged"
         error = {"inject": InjectFailed, "recover": RecoverFailed, "active": DriverUnavailable}[verb]
         raise error(said, driver=NAME, verb=verb, lease_id=lease.id) from None
+
+
+def _told_beside(path: Path | None) -> dict[str, Any] | None:
+    """What `inject` left; None for half a file: it died before the first page."""
+    try:
+        return json.loads(path.read_text()) if path is not None else None
+    except (OSError, ValueError):
+        return None
+
+
+def _restore(name: str, facts: dict[str, Any], lease: Lease, step: Step) -> list[str]:
+    """What is still wrong afterwards and may be ours. Raises OSError, sqlite3.Error."""
+    path, failed = Path(facts["path"]), _mark_recovered(facts)
+    if path.exists() and (_noisy(path, facts, lease) or sqlite.is_database(path)):
+        if "backup" in facts:
+            with sqlite.raw(path) as file, sqlite.locked(path):
+                _put_back(file, facts, lease, step)
+            if sqlite.problems(path) and _kept(facts)[1].exists():
+                _replace(path, facts, lease)
+        if noisy := _noisy(path, facts, lease):
+            failed.append(
+                f"{path}: {len(noisy)} pages hold our noise, and the pages that were kept are not to be found"
+            )
+        elif _may_be_ours(facts) and (wrong := sqlite.problems(path)):
+            failed.append(f"{path}: integrity check: {'; '.join(wrong)}")
+    if not failed:
+        _beside(path, lease).unlink(missing_ok=True)
+    return failed
+
+
+def _mark_recovered(facts: dict[str, Any]) -> list[str]:
+    """Keep a late inject out. What stands in the way is told last: the damage goes first, on a full disk, too."""
+    backup = Path(facts["backup"]).parent if "backup" in facts else None
+    try:
+        if backup is not None and backup.is_dir():
+            (backup / _RECOVERED).touch()
+            sqlite.sync(backup / _RECOVERED)
+    except OSError as error:
+        return [f"the lease could not be marked as recovered: {error}"]
+    return []
+
+
+def _noisy(path: Path, facts: dict[str, Any], lease: Lease) -> list[int]:
+    return sqlite.damaged(path, lease.id, facts.get("page_size"))
+
+
+def _may_be_ours(facts: dict[str, Any]) -> bool:
+    """Whether we damaged a page, or nobody can tell since the backup is gone. Noise is ours in any case."""
+    return "backup" in facts and (_kept(facts)[1].exists() or not Path(facts["backup"]).exists())
 
 
 def _damage(file: int, facts: dict[str, Any], lease: Lease, step: Step) -> None:
@@ -206,6 +274,9 @@ def _damage(file: int, facts: dict[str, Any], lease: Lease, step: Step) -> None:
         chosen = json.loads(index.read_text())["pages"]
     else:
         digest = sqlite.keep_pages(file, chosen, size, kept, step)
+        beside = _beside(Path(facts["path"]), lease)
+        beside.write_text(json.dumps(facts))
+        sqlite.sync(beside)
         partial = index.with_suffix(".partial")
         partial.write_text(json.dumps({"pages": chosen, "page_size": size, "sha256": digest}))
         sqlite.sync(partial)
@@ -255,11 +326,13 @@ def _replace(path: Path, facts: dict[str, Any], lease: Lease) -> None:
 
 
 def _rows(path: Path, facts: dict[str, Any]) -> list[str]:
-    recorded = facts["tables"]
+    recorded = facts.get("tables", {})
     now = sqlite.tables(path, {name: t["last"] for name, t in recorded.items() if t["last"] is not None})
     same = sum(table["rows"] for name, table in recorded.items() if _same(now.get(name), table))
     every = sum(table["rows"] for table in recorded.values())
-    lines = [f"{same} of {every} recorded rows are in tables with the same checksum"] if same == every else []
+    lines = (
+        [f"{same} of {every} recorded rows are in tables with the same checksum"] if same == every and recorded else []
+    )
     for name, table in recorded.items():
         if not _same(now.get(name), table):
             rows = now.get(name, {}).get("rows", 0)
@@ -274,6 +347,10 @@ def _same(now: dict[str, Any] | None, then: dict[str, Any]) -> bool:
 def _kept(facts: dict[str, Any]) -> tuple[Path, Path]:
     copy = Path(facts["backup"])
     return copy.with_suffix(".pages"), copy.with_suffix(".json")
+
+
+def _beside(path: Path, lease: Lease) -> Path:
+    return path.with_name(f"{path.name}.backup-{lease.id}")
 
 
 def _aside(path: Path, lease: Lease) -> Path:

@@ -101,15 +101,39 @@ def noise(mark: str, page: int, size: int) -> bytes:
     return b"\xff" + hashlib.shake_128(f"{mark}/{page}".encode()).digest(size - 1)
 
 
-def damaged(path: Path, mark: str) -> list[int]:
-    """Pages of the file that hold the noise of this mark now. Raises OSError, sqlite3.Error (no database)."""
+def damaged(path: Path, mark: str, page_size: int | None = None) -> list[int]:
+    """Pages of the file that hold the noise of this mark now.
+
+    Args:
+        path: The file.
+        mark: What the noise was made from.
+        page_size: Of a file that has lost its header; None: all sizes that there are are tried.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with raw(path) as file:
-        size, count = shape(file)
+        try:
+            sizes = [shape(file)[0]]
+        except sqlite3.DatabaseError:
+            sizes = [page_size] if page_size else [512 << power for power in range(8)]
+        length = os.fstat(file).st_size
         return [
             page
-            for page in content_pages(size, count)
+            for size in sizes
+            for page in content_pages(size, length // size)
             if os.pread(file, _MARK_BYTES, (page - 1) * size) == noise(mark, page, _MARK_BYTES)
         ]
+
+
+def is_database(path: Path) -> bool:
+    """Whether it begins as a SQLite file does; an empty one does not. Raises OSError."""
+    with raw(path) as file:
+        try:
+            shape(file)
+        except sqlite3.DatabaseError:
+            return False
+    return True
 
 
 def problems(path: Path, most: int = 3) -> list[str]:

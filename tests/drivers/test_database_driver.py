@@ -5,6 +5,7 @@ What is damaged and what is back is read with plain sqlite3, not with the driver
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import sqlite3
@@ -277,3 +278,96 @@ def test_a_database_that_is_gone_holds_no_damage(driver: DatabaseDriver, path: P
     blind = replace(lease, undo={})
     with pytest.raises(RecoverFailed):
         driver.recover(blind)
+
+
+def _stub(lease: Lease) -> Lease:
+    """What is left of a lease whose file cannot be read: its name."""
+    return replace(lease, targets=(), undo={}, params={}, kind="", environment="")
+
+
+def test_a_lease_without_its_content_is_recovered_by_its_id(driver: DatabaseDriver, path: Path, tmp_path: Path) -> None:
+    before, files = _rows(path), sorted(path.parent.iterdir())
+    lease = _lease(driver, tmp_path)
+    driver.inject(lease)
+    _create(path.with_name("other.sqlite"), "DELETE")
+    assert driver.active(_stub(lease)).present
+    driver.recover(_stub(lease))
+    assert _integrity(path) == "ok" and _rows(path) == before
+    assert not driver.active(_stub(lease)).present and not driver.active(lease).present
+    path.with_name("other.sqlite").unlink()
+    assert sorted(path.parent.iterdir()) == files, "nothing of ours stays beside it"
+    with pytest.raises(InjectFailed, match="never inject again"):
+        driver.inject(lease)
+
+
+def test_without_content_and_without_originals_damage_is_found_and_never_called_clean(
+    driver: DatabaseDriver, path: Path, tmp_path: Path
+) -> None:
+    lease = _lease(driver, tmp_path)
+    driver.inject(lease)
+    path.with_name(f"{path.name}.backup-{lease.id}").unlink()
+    with pytest.raises(RecoverFailed, match="pages hold our noise"):
+        driver.recover(_stub(lease))
+    assert driver.active(_stub(lease)).present
+    # Nor where there is nothing to look at.
+    elsewhere = DatabaseDriver(tmp_path / "elsewhere")
+    with pytest.raises(RecoverFailed, match="undo data is lost"):
+        elsewhere.recover(_stub(lease))
+    with pytest.raises(DriverUnavailable, match="undo data is lost"):
+        elsewhere.active(_stub(lease))
+
+
+def test_on_a_full_disk_the_damage_goes_and_the_missing_mark_is_told(
+    driver: DatabaseDriver, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, lease = _rows(path), _lease(driver, tmp_path)
+    driver.inject(lease)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", full)
+        with pytest.raises(RecoverFailed, match="could not be marked as recovered.*No space left"):
+            driver.recover(lease)
+        assert _integrity(path) == "ok" and _rows(path) == before
+    driver.recover(lease)
+
+
+def test_what_others_broke_is_told_and_left_as_they_wrote_it(
+    driver: DatabaseDriver, path: Path, tmp_path: Path
+) -> None:
+    lease = _lease(driver, tmp_path)  # and never injected
+    with closing(sqlite3.connect(path)) as database:
+        with database:
+            database.execute("CREATE TABLE mine (x)")
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    with path.open("rb+") as file:
+        file.seek(4096 * 20)
+        file.write(b"\xfe" * 4096)
+    content = path.read_bytes()
+    driver.recover(lease)
+    assert path.read_bytes()[4096:] == content[4096:], "only the counter on the first page moves"
+    assert not list(path.parent.glob("*.damaged-*"))
+    evidence = driver.active(lease)
+    assert not evidence.present and any("not ours, and left alone" in line for line in evidence.lines)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"not": "a database"}' * 1000])
+def test_a_file_that_is_no_database_any_more_is_left_alone_and_can_be_closed(
+    driver: DatabaseDriver, path: Path, tmp_path: Path, content: bytes
+) -> None:
+    lease = _lease(driver, tmp_path)
+    driver.inject(lease)
+    noise = path.read_bytes()
+    path.write_bytes(content)
+    for one in (lease, _stub(lease)):
+        driver.recover(one)
+        evidence = driver.active(one)
+        assert not evidence.present and "no database (any more)" in evidence.lines[0]
+    assert path.read_bytes() == content
+    # Without its header and with our noise it is ours still.
+    path.write_bytes(b"?" * 100 + noise[100:])
+    assert driver.active(lease).present
+    with pytest.raises(RecoverFailed):
+        driver.recover(lease)
