@@ -59,8 +59,8 @@ class NetworkIsolation:
         links = self._links_of(fault.target)
         self.isolated[fault.key] = links
         await self._note(fault, "isolated", pid=slot.pid, links=sorted(links))
-        supervisor.isolated.add(fault.target)
-        await supervisor.push_endpoints()
+        supervisor.connections.isolated.add(fault.target)
+        await supervisor.connections.push_endpoints()
         if supervisor.config.mechanisms["segmentation"]:
             await asyncio.sleep(supervisor.config.replica_timeout_s)
         for link, proxy in links.items():
@@ -79,8 +79,8 @@ class NetworkIsolation:
             await supervisor.book.clear_proxy(supervisor.slots[proxy], fault.lease_id)
         del self.isolated[fault.key]
         if not any(target == fault.target for _, target, _ in self.isolated):
-            supervisor.isolated.discard(fault.target)
-            await supervisor.push_endpoints()
+            supervisor.connections.isolated.discard(fault.target)
+            await supervisor.connections.push_endpoints()
         await self._note(fault, "released", links=sorted(links))
 
     async def seen(self, fault: Fault) -> tuple[bool, list[str], dict[str, Any]] | None:
@@ -105,7 +105,7 @@ class NetworkIsolation:
     def _links_of(self, name: str) -> dict[str, str]:
         """Links that lead to a process or are its alone → their proxies."""
         supervisor, found = self.supervisor, dict[str, str]()
-        for link, proxy in supervisor.links().items():
+        for link, proxy in supervisor.connections.links().items():
             begins, _, ends = link.partition("->")
             ends = next((one.links[link][1] for one in supervisor.parts.values() if link in one.links), ends)
             if name in (begins, ends):
@@ -143,7 +143,7 @@ class NetworkIsolation:
 
     async def _refuses(self, link: str) -> bool:
         """Whether a connection through the link is ended at once; silence is no refusal."""
-        url = f"http://127.0.0.1:{self.supervisor.link_ports.get(link, 0)}/healthz"
+        url = f"http://127.0.0.1:{self.supervisor.connections.ports.get(link, 0)}/healthz"
         try:
             timeout = aiohttp.ClientTimeout(total=_LOOK_S)
             async with self.supervisor.session.get(url, timeout=timeout, headers={"Connection": "close"}):

@@ -25,6 +25,7 @@ import aiohttp
 import psutil
 
 from .config import SandboxConfig
+from .connections import Connections
 from .control import serve
 from .fault_book import FaultBook
 from .faults import Refused
@@ -37,7 +38,6 @@ from .slots import Slot
 from .state_file import StateFile
 from .truth import TruthLog
 
-_STORE_LINK = "gateway->feature-store"
 _STATE_EVERY_S = 0.1
 _STATE_LASTS_S = 1.0
 """What a process said of itself longer ago than this is not what it says now."""
@@ -63,21 +63,20 @@ class Supervisor:
         self.stop = asyncio.Event()
         self.started_at = time.time()
         self.control_port = 0
-        self.link_ports: dict[str, int] = {}
-        self.isolated: set[str] = set()
-        """Processes that are cut off: they are told of no others, and no others of them (see ``isolation``)."""
+        self.connections = Connections(self)
         self.parts: dict[str, Part] = {}
         self._polled: set[str] = set()
         self.states: dict[str, tuple[float, dict[str, Any]]] = {}
         """Process of a part → (monotonic time, its GET /state)."""
-        self.book = FaultBook(self.slots, self.links, self.call, self.truth, directory, lambda kind: build(kind, self))
+        self.book = FaultBook(
+            self.slots, self.connections.links, self.call, self.truth, directory, lambda kind: build(kind, self)
+        )
         self.limits = MemoryLimits(self.slots, config.memory_limit_bytes, self.truth)
         self.requests = RequestRing(self._count_requests)
         self.session: aiohttp.ClientSession
         self._me = psutil.Process()
         self._state = StateFile(directory)
         self._dirty = asyncio.Event()
-        self._pushed: dict[tuple[str, str], tuple[int | None, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -138,14 +137,6 @@ class Supervisor:
             self.stop.set()
 
     # -- processes --------------------------------------------------------------------------------------------------
-
-    def links(self) -> dict[str, str]:
-        """Every link, and the proxy process that it runs through."""
-        found = {_STORE_LINK: "proxy-feature-store"}
-        found |= {f"gateway->{name}": "proxy-inference" for name in self.slots if name.startswith("inference-")}
-        for one in self.parts.values():
-            found |= {link: proxy for link, (proxy, _) in one.links.items()}
-        return found
 
     def start_parts(self, names: Iterable[str]) -> list[str]:
         """Bring further parts up, with what they require; returns at once, readiness follows. All parts there are.
@@ -249,7 +240,7 @@ class Supervisor:
     async def retire(self, slots: list[Slot]) -> None:
         """End the processes of slots that were scaled away."""
         if slots:
-            await self.push_endpoints()  # no new requests for them, and time to answer those they have
+            await self.connections.push_endpoints()  # no new requests for them, and time to answer those they have
         await asyncio.gather(*(slot.stop("SIGTERM") for slot in slots))
 
     def _changed(self) -> None:
@@ -311,83 +302,8 @@ class Supervisor:
             except asyncio.TimeoutError:
                 pass
             self._dirty.clear()
-            await asyncio.gather(*(self._push_links(name) for name in sorted(set(self.links().values()))))
-            await self.push_endpoints()
-            await asyncio.gather(*(self._push_peers(slot) for slot in list(self.slots.values())))
+            await self.connections.push()
             self._write_state()
-
-    async def _push_links(self, proxy: str) -> None:
-        slot = self.slots[proxy]
-        wanted = {
-            link: {"upstream": self._upstream(link), "port": self.link_ports.get(link, 0)}
-            for link, through in self.links().items()
-            if through == proxy
-        }
-        fresh = self._pushed.get((proxy, "/links"), (None, ""))[0] != slot.pid
-        content = {"links": wanted}
-        digest = json.dumps({link: spec["upstream"] for link, spec in wanted.items()})
-        if (answer := await self._push(slot, "/links", content, digest)) is None:
-            return
-        self.link_ports.update(answer["ports"])
-        if fresh:
-            await self.book.reinstate(slot)
-
-    def _upstream(self, link: str) -> int | None:
-        """Port of the process that a link leads to, also while that process is down; None before its first life."""
-        leads_to = next((one.links[link][1] for one in self.parts.values() if link in one.links), link.split("->")[1])
-        return self.slots[leads_to].last_port or None if leads_to in self.slots else None
-
-    async def _push_peers(self, slot: Slot) -> None:
-        """Tell a process where the others are that its parts let it talk to."""
-        wanted: dict[str, str] = {}
-        for one in self.parts.values():
-            for glob, peers in one.peers.items():
-                if fnmatchcase(slot.name, glob):
-                    wanted |= {key: self._url(name) for key, name in peers.items()}
-        if slot.name in self.isolated:
-            wanted = dict.fromkeys(wanted, "")
-        if wanted:
-            await self._push(slot, "/peers", wanted, json.dumps(wanted))
-
-    def _url(self, name: str) -> str:
-        """Address of a link or a process; empty while there is none."""
-        if "->" in name:
-            port = self.link_ports.get(name, 0) if self._upstream(name) else 0
-        else:
-            port = self.slots[name].last_port if name in self.slots and name not in self.isolated else 0
-        return f"http://127.0.0.1:{port}" if port else ""
-
-    async def push_endpoints(self) -> None:
-        """Tell the gateway where everything is, if something of it is new."""
-        if _STORE_LINK not in self.link_ports:
-            return
-        quarantined = self.isolated if self.config.mechanisms["segmentation"] else set[str]()
-        replicas = {
-            name: {
-                "url": f"http://127.0.0.1:{self.link_ports[f'gateway->{name}']}",
-                "ready": slot.ready,
-                "isolated": name in quarantined,
-            }
-            for name, slot in self.slots.items()
-            if slot.role == "inference" and f"gateway->{name}" in self.link_ports
-        }
-        store = f"http://127.0.0.1:{self.link_ports[_STORE_LINK]}" if self.slots["feature-store"].last_port else ""
-        content = {"feature_store": store, "replicas": replicas}
-        await self._push(self.slots["gateway"], "/endpoints", content, json.dumps(content))
-
-    async def _push(self, slot: Slot, path: str, content: Any, digest: str) -> Any | None:
-        """Tell a process something it does not know yet; None when there was nothing new or it did not listen."""
-        pid = slot.pid
-        if slot.port is None or not slot.running or self._pushed.get((slot.name, path)) == (pid, digest):
-            return None
-        try:
-            status, answer = await self.call(slot, "PUT", path, content, 0.5)
-        except _UNANSWERED:
-            return None  # the next round tries again
-        if status != 200:
-            return None
-        self._pushed[(slot.name, path)] = (pid, digest)
-        return answer
 
     def _write_state(self) -> None:
         children = {n: {"pid": s.pid, "create_time": s.create_time} for n, s in self.slots.items() if s.pid}
@@ -399,8 +315,7 @@ class Supervisor:
             "token": self.token,
             "gateway_url": f"http://127.0.0.1:{gateway}" if gateway else None,
             "ports": {name: slot.last_port for name, slot in self.slots.items()},
-            # Ports of links that are gone are remembered for their return, and are nobody's business until then.
-            "link_ports": {link: self.link_ports[link] for link in self.links() if link in self.link_ports},
+            "link_ports": self._link_ports(),
             "children": children,
             "config": self.config.to_dict(),
             "started_at": self.started_at,
@@ -409,6 +324,10 @@ class Supervisor:
         for one in self.parts.values():
             state |= one.facts(self) if one.facts is not None else {}
         self._state.write(state)
+
+    def _link_ports(self) -> dict[str, int]:
+        ports = self.connections.ports
+        return {link: ports[link] for link in self.connections.links() if link in ports}
 
     # -- what it says of itself -------------------------------------------------------------------------------------
 
@@ -435,7 +354,7 @@ class Supervisor:
             for slot, (ready, reason) in zip(slots, readiness, strict=True)
         ]
         complete = self._complete(processes)
-        links = {name: self.link_ports[name] for name in self.links() if name in self.link_ports}
+        links = self._link_ports()
         return {
             "directory": str(self.directory),
             "supervisor": {"pid": os.getpid(), "create_time": self._me.create_time(), "started_at": self.started_at},
@@ -470,12 +389,9 @@ class Supervisor:
 
     def _complete(self, processes: list[dict[str, Any]]) -> bool:
         """True when all replicas have slots and the gateway was told of all that are ready."""
-        pid, digest = self._pushed.get(("gateway", "/endpoints"), (None, ""))
-        told = digest.count('"ready": true') if pid == self.slots["gateway"].pid else -1
         ready = sum(process["ready"] for process in processes if process["role"] == "inference")
         replicas = sum(process["role"] == "inference" for process in processes)
-        linked = all(link in self.link_ports for link in self.links())
-        return replicas == self.replicas and linked and told == ready
+        return replicas == self.replicas and self.connections.complete(ready)
 
 
 def _detach() -> None:
