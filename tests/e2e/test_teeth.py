@@ -18,7 +18,7 @@ def todays() -> str:
     return names[datetime.datetime.now(datetime.timezone.utc).date().toordinal() % len(names)]
 
 
-@pytest.mark.req("R0-10", "R1-01", "R1-02", "R1-03", "R2-02", "R2-03")
+@pytest.mark.req("R0-04", "R0-10", "R1-01", "R1-02", "R1-03", "R2-02", "R2-03")
 @pytest.mark.parametrize("off", [False, True], ids=["as it is", "mechanism off"])
 def test_an_experiment_bites_only_where_its_mechanism_is_missing(off: bool, tmp_path: Path) -> None:
     experiment = next(e for e, o in cells([todays()]) if o is off)
