@@ -47,6 +47,7 @@ _PREFIX = "features:"
 _BUSY_S = 2.0
 """How long to wait for somebody else's transaction; theirs take milliseconds."""
 _STEP_ROWS = 1000
+_HEADER = b"SQLite format 3\0"
 _ASK_S = 1.0
 _LOOKED_AT = 5
 """Touched rows that the store itself is asked for."""
@@ -153,20 +154,29 @@ class FeaturesDriver:
         A file that is gone holds no fault. Without undo data the marks in the file tell what was there.
 
         Raises:
-            RecoverFailed: the database cannot be written. On failure: the fault is as it was.
+            RecoverFailed: a database cannot be written, there is none to look at for a lease whose content was lost, or
+                the lease cannot be buried. What could be put back is.
         """
-        directory = self._directory(lease)
+        directory, failed = self._directory(lease), list[str]()
         try:
             api.bury(directory, lease.id)
-        except OSError as error:
-            said = f"the lease could not be buried: {error}"
-            raise RecoverFailed(said, driver=NAME, verb="recover", lease_id=lease.id) from error
-        for done, (target, path) in enumerate(self._files(lease, directory)):
-            step(done, len(lease.targets))
-            if path.exists():
+        except OSError as error:  # a full disk must not keep the fault; it is told last
+            failed.append(f"the lease could not be buried: {error}")
+        files = self._files(lease, directory, RecoverFailed, "recover")
+        for done, (target, path) in enumerate(files):
+            step(done, len(files))
+            try:
+                if not path.exists() or _is_foreign(path):
+                    continue
                 with _opened(path, RecoverFailed, "recover", lease.id) as database, transaction(database):
                     if is_store(database):
                         put_back(database, lease, recorded(lease, target))
+            except OSError as error:
+                failed.append(f"{path}: {error}")
+            except RecoverFailed as error:
+                failed.append(str(error).removeprefix(f"{NAME}.recover: "))
+        if failed:
+            raise RecoverFailed("; ".join(failed), driver=NAME, verb="recover", lease_id=lease.id)
 
     def active(self, lease: Lease) -> Evidence:
         """What the file holds, and what the store serves for a few of the touched rows.
@@ -174,13 +184,17 @@ class FeaturesDriver:
         ``effective`` needs both: most rows hold our damage, and the store serves it.
 
         Raises:
-            DriverUnavailable: the database cannot be read.
+            DriverUnavailable: the database cannot be read, or there is none to look at for a lease whose content was lost.
         """
         directory = self._directory(lease)
         present, effective, lines = False, bool(lease.targets), list[str]()
-        for target, path in self._files(lease, directory):
+        for target, path in self._files(lease, directory, DriverUnavailable, "active"):
             if not path.exists():
                 lines.append(f"{target}: the file is gone, no fault can be there")
+                effective = False
+                continue
+            if _is_foreign(path):
+                lines.append(f"{target}: the file is no database any more, no fault can be there")
                 effective = False
                 continue
             with _opened(path, DriverUnavailable, "active", lease.id, read_only=True) as database:
@@ -208,10 +222,21 @@ class FeaturesDriver:
             raise DriverError(f"{target} is no target of mine. Allowed: {_PREFIX}NAME", driver=NAME)
         return (directory or self.directory) / "data" / name
 
-    def _files(self, lease: Lease, directory: Path) -> list[tuple[str, Path]]:
-        """Targets and their files; of a lease whose file was damaged, every file that there is."""
-        targets = lease.targets or tuple(_PREFIX + path.name for path in (directory / "data").glob("*.sqlite"))
-        return [(target, self._path(target, directory)) for target in targets]
+    def _files(self, lease: Lease, directory: Path, failure: type[DriverError], verb: str) -> list[tuple[str, Path]]:
+        """Targets and their files; of a lease whose content was lost, every feature store that there is."""
+        if lease.targets:
+            return [(target, self._path(target, directory)) for target in lease.targets]
+        found: list[tuple[str, Path]] = []
+        for path in sorted((directory / "data").glob("*.sqlite")):
+            if _is_foreign(path):
+                continue
+            with _opened(path, failure, verb, lease.id, read_only=True) as database:
+                if is_store(database):
+                    found.append((_PREFIX + path.name, path))
+        if not found:
+            said = f"the lease's undo data is lost, and there is no feature store in {directory / 'data'} to look at"
+            raise failure(said, driver=NAME, verb=verb, lease_id=lease.id)
+        return found
 
 
 def _stepping(rows: Sequence[Row], step: Step) -> Iterator[Row]:
@@ -220,6 +245,13 @@ def _stepping(rows: Sequence[Row], step: Step) -> Iterator[Row]:
         if done % _STEP_ROWS == 0:
             step(done, len(rows))
         yield row
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether something else took the file's place: it does not begin as a SQLite file. (An empty one is none yet.)"""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(_HEADER)) not in (_HEADER, b"")
+    return False
 
 
 @contextlib.contextmanager

@@ -26,12 +26,14 @@ from mlchaos_dagster.drivers.cuda import LIBRARY, Device, name_of
 from mlchaos_dagster.drivers.gpu_hog import Files
 from mlchaos_dagster.engine.files import write_atomic, write_json
 from mlchaos_dagster.engine.ports import Lease, Step, no_step
-from mlchaos_dagster.engine.processes import host
+from mlchaos_dagster.engine.processes import boot_id, host
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, MlChaosError, RecoverFailed, StoreError
 
 NAME = "gpu"
 _ASK_S = 10.0
 """Initialising CUDA takes half a second, several on a machine with many devices that nobody uses."""
+_LOOK_S = 3.0
+"""The same for `active`, which is asked again and again while measurements go on."""
 _HOLD_S = 60.0
 """Filling 100 GiB takes seconds; a device that takes longer is not well."""
 _PATIENCE_S = 0.5
@@ -113,6 +115,7 @@ class GpuDriver:
             "directory": str(self.directory.resolve()),
             "library": self.library,
             "host": host(),
+            "boot_id": boot_id(),
             "devices": devices,
         }
 
@@ -158,16 +161,16 @@ class GpuDriver:
         """Bury the lease, then end every hog of it, by pid and start time, and wait until they are gone.
 
         Raises:
-            RecoverFailed: on another host, not to be buried, or a hog did not go. On failure: the memory may be held
-                until the hog's own deadline.
+            RecoverFailed: on another host, a hog did not go (the memory may be held until its own deadline), or the
+                lease could not be buried; then its hogs are gone all the same.
         """
         self._check_host(lease, RecoverFailed, "recover")
-        files = self._files(lease)
+        files, unburied = self._files(lease), ""
         try:
             # First: a hog that starts later finds the tombstone, and one that started before is found below.
             write_atomic(files.gone, b"")
-        except StoreError as e:
-            raise RecoverFailed(str(e), driver=NAME, verb="recover", lease_id=lease.id) from e
+        except StoreError as e:  # a full disk must not keep the fault; it is told last
+            unburied = str(e)
         begun = time.monotonic()
         while hogs := _hogs(lease.id, files):
             late = time.monotonic() - begun
@@ -179,9 +182,11 @@ class GpuDriver:
                     hog.terminate() if late < _PATIENCE_S else hog.kill()
             step(0, len(hogs))
             time.sleep(0.02)
-        for path in (files.order, files.held, files.log):
+        for path in (files.order, files.held, files.partial, files.log):
             with suppress(OSError):
                 path.unlink()
+        if unburied:
+            raise RecoverFailed(unburied, driver=NAME, verb="recover", lease_id=lease.id)
 
     def active(self, lease: Lease) -> Evidence:
         """Whether a hog of the lease lives, and what the devices say.
@@ -196,7 +201,8 @@ class GpuDriver:
         hogs = _hogs(lease.id, files)
         devices = cast("dict[str, Any]", lease.undo.get("devices", {}))
         try:
-            asked = _ask(lease.undo.get("library", self.library), [d["uuid"] for d in devices.values()], "active")
+            uuids = [d["uuid"] for d in devices.values()]
+            asked = _ask(lease.undo.get("library", self.library), uuids, "active", limit_s=_LOOK_S)
             now = {device.uuid: device for device in asked}
         except DriverUnavailable as e:
             if hogs:
@@ -222,6 +228,7 @@ class GpuDriver:
     def _wait_held(self, lease: Lease, files: Files, process: subprocess.Popen[bytes], step: Step) -> None:
         total = sum(int(d["hold_bytes"]) for d in lease.undo["devices"].values())
         end = time.monotonic() + _HOLD_S
+        step(0, total)
         while time.monotonic() < end:
             ended = process.poll() is not None  # asked before its last word is read
             said = _read(files.held) or {}
@@ -243,17 +250,23 @@ class GpuDriver:
 
     @staticmethod
     def _check_host(lease: Lease, error: type[DriverError], verb: str) -> None:
-        """Processes of another host, or another pid namespace, cannot be seen from here: not seen is not gone."""
-        there = lease.undo.get("host", host())
-        if there != host():
+        """Processes of another host, or another pid namespace, cannot be seen from here: not seen is not gone.
+
+        A host may get another name while it runs: then its boot tells, and of its `host` only the namespace counts.
+        """
+        here, there = host(), str(lease.undo.get("host", host()))
+        same_boot = lease.undo.get("boot_id") == boot_id() != "unknown"
+        if there != here and not (same_boot and there.partition("/")[2] == here.partition("/")[2]):
             said = f"the memory is held on {there}, and this is {host()}: recover it there"
             raise error(said, driver=NAME, verb=verb, lease_id=lease.id)
 
 
-def _ask(library: str, memory_of: Collection[str], verb: str, step: Step = no_step) -> list[Device]:
+def _ask(
+    library: str, memory_of: Collection[str], verb: str, step: Step = no_step, limit_s: float = _ASK_S
+) -> list[Device]:
     """The devices, asked in a process that is gone afterwards; free memory for those named. Raises DriverUnavailable."""
     command = [sys.executable, "-m", "mlchaos_dagster.drivers.cuda", library, *memory_of]
-    end = time.monotonic() + _ASK_S
+    end = time.monotonic() + limit_s
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -265,7 +278,7 @@ def _ask(library: str, memory_of: Collection[str], verb: str, step: Step = no_st
                 except subprocess.TimeoutExpired as e:
                     step(0, 1)
                     if time.monotonic() >= end:
-                        said = f"CUDA did not answer within {_ASK_S:g} s"
+                        said = f"CUDA did not answer within {limit_s:g} s"
                         raise DriverUnavailable(said, driver=NAME, verb=verb) from e
         except MlChaosError:
             process.kill()

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.drivers.cuda import Cuda, CudaError
-from mlchaos_dagster.engine.files import write_json
-from mlchaos_dagster.errors import StoreError
 
 CHUNK_BYTES = 1 << 30
 _LOOK_S = 0.05
@@ -49,6 +47,11 @@ class Files:
     def held(self) -> Path:
         """By the hog: who it is and what it holds."""
         return self.directory / f"{self.lease_id}.held"
+
+    @property
+    def partial(self) -> Path:
+        """What becomes `held`: by name, so that whoever takes the lease away finds it when the hog died over it."""
+        return self.directory / f"{self.lease_id}.partial"
 
     @property
     def gone(self) -> Path:
@@ -126,14 +129,16 @@ class _Hog:
             cuda.use(index)
             cuda.free(pointer)
         self.held = dict.fromkeys(self.devices, 0)
-        with suppress(StoreError):
+        with suppress(OSError):
             self.tell("released")
         return 0
 
     def tell(self, state: str, **more: str) -> None:
-        """Say what is held. Raises StoreError: who cannot say so may not hold; the process ends."""
+        """Say what is held. Raises OSError: who cannot say so may not hold; the process ends."""
         self.told_at = time.monotonic()
-        write_json(self.files.held, {**self.known, "state": state, "held_bytes": self.held, **more})
+        said = {**self.known, "state": state, "held_bytes": self.held, **more}
+        self.files.partial.write_text(json.dumps(said))
+        os.replace(self.files.partial, self.files.held)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The platform's own code makes the file and refreshes it; here no process runs, a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -365,3 +366,66 @@ def test_a_file_that_somebody_else_holds_is_said_and_not_touched(
             driver.recover(lease)
         assert not driver.active(lease).present
     assert store.vectors("features") == before
+
+
+def test_a_lease_without_its_content_is_never_clean_where_there_is_nothing_to_look_at(
+    store: Store, driver: FeaturesDriver, tmp_path: Path
+) -> None:
+    lease = _lease(driver, "feature_drift")
+    driver.inject(lease)
+    stub = replace(lease, targets=(), undo={}, params={}, kind="", environment="")
+    elsewhere = FeaturesDriver(tmp_path / "elsewhere")
+    with pytest.raises(RecoverFailed, match="undo data is lost"):
+        elsewhere.recover(stub)
+    with pytest.raises(DriverUnavailable, match="undo data is lost"):
+        elsewhere.active(stub)
+    # Other databases are none to look at.
+    (tmp_path / "elsewhere" / "data").mkdir(parents=True)
+    with closing(sqlite3.connect(tmp_path / "elsewhere" / "data" / "other.sqlite")) as other:
+        other.execute("CREATE TABLE t (x)")
+    with pytest.raises(DriverUnavailable, match="no feature store"):
+        elsewhere.active(stub)
+    assert driver.active(stub).present
+
+
+def test_on_a_full_disk_the_fault_goes_and_the_missing_tombstone_is_told(
+    store: Store, driver: FeaturesDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, lease = store.vectors("features"), _lease(driver, "feature_nulls")
+    driver.inject(lease)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features.api, "bury", full)
+        with pytest.raises(RecoverFailed, match="could not be buried.*No space left"):
+            driver.recover(lease)
+    assert store.vectors("features") == before and not driver.active(lease).present
+
+
+def test_one_locked_file_does_not_keep_the_fault_in_the_others(
+    store: Store, driver: FeaturesDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_BUSY_S", 0.05)
+    before, lease = store.vectors("features"), _lease(driver, "feature_nulls")
+    driver.inject(lease)
+    create(store.path.parent / "another.sqlite", ROWS, 7)
+    both = replace(lease, targets=("features:another.sqlite", TARGET))
+    with closing(sqlite3.connect(store.path.parent / "another.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RecoverFailed, match=r"another\.sqlite: database is locked"):
+            driver.recover(both)
+    assert store.vectors("features") == before
+
+
+def test_a_file_that_is_no_database_any_more_is_left_alone(store: Store, driver: FeaturesDriver) -> None:
+    lease = _lease(driver, "feature_nulls")
+    driver.inject(lease)
+    for file in store.path.parent.iterdir():
+        file.unlink()
+    store.path.write_bytes(b"somebody's notes")
+    driver.recover(lease)
+    evidence = driver.active(lease)
+    assert not evidence.present and "no database any more" in evidence.lines[0]
+    assert store.path.read_bytes() == b"somebody's notes"

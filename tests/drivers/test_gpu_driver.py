@@ -26,9 +26,10 @@ import psutil
 import pytest
 
 from mlchaos_dagster.domain.environment import Target
+from mlchaos_dagster.drivers import gpu
 from mlchaos_dagster.drivers.gpu import GpuDriver
 from mlchaos_dagster.engine.ports import Lease, Owner
-from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, InjectFailed, RecoverFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, InjectFailed, RecoverFailed, StoreError
 from tests.sandbox.conftest import eventually
 
 pytestmark = [pytest.mark.req("R3-03"), pytest.mark.timeout(60)]
@@ -107,7 +108,8 @@ def board(built: Board) -> Iterator[Board]:
 
 
 @pytest.fixture
-def driver(board: Board, tmp_path: Path) -> GpuDriver:
+def driver(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GpuDriver:
+    monkeypatch.setattr(gpu, "_LOOK_S", 20.0)  # on a busy machine a process alone takes seconds to start
     return GpuDriver(tmp_path, str(board.library))
 
 
@@ -344,11 +346,75 @@ def test_recover_needs_nothing_but_the_id(board: Board, driver: GpuDriver, tmp_p
 @needs_compiler
 def test_another_hosts_hog_is_unknown_not_gone(board: Board, driver: GpuDriver) -> None:
     lease = lease_of(driver)
-    away = replace(lease, undo={**lease.undo, "host": "another"})
-    with pytest.raises(RecoverFailed, match="recover it there"):
-        driver.recover(away)
-    with pytest.raises(DriverUnavailable, match="held on another"):
-        driver.active(away)
+    away = replace(lease, undo={**lease.undo, "host": "another", "boot_id": "another"})
+    container = replace(lease, undo={**lease.undo, "host": "another/pid:[1]"})  # of this host: the boot is the same
+    for one in (away, container):
+        with pytest.raises(RecoverFailed, match="recover it there"):
+            driver.recover(one)
+        with pytest.raises(DriverUnavailable, match="held on another"):
+            driver.active(one)
+
+
+@needs_compiler
+def test_a_host_that_got_another_name_recovers_its_own(board: Board, driver: GpuDriver) -> None:
+    lease = lease_of(driver, fraction=0.2)
+    driver.inject(lease)
+    namespace = lease.undo["host"].partition("/")[1:]
+    renamed = replace(lease, undo={**lease.undo, "host": "".join(("old-name", *namespace))})
+    assert driver.active(renamed).present
+    driver.recover(renamed)
+    assert board.holders() == {} and not driver.active(renamed).present
+
+
+@needs_compiler
+def test_on_a_full_disk_the_hog_is_ended_and_the_missing_tombstone_is_told(
+    board: Board, driver: GpuDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = lease_of(driver, fraction=0.2)
+    driver.inject(lease)
+
+    def full(*_: Any) -> None:
+        raise StoreError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "write_atomic", full)
+        with pytest.raises(RecoverFailed, match="No space left"):
+            driver.recover(lease)
+    assert board.holders() == {}
+    driver.recover(lease)
+
+
+@needs_compiler
+def test_a_hog_that_dies_over_its_words_leaves_nothing(board: Board, driver: GpuDriver) -> None:
+    lease = lease_of(driver)
+    order = {"library": str(board.library), "deadline_mono": time.monotonic() + 30, "devices": {}}
+    driver.directory.mkdir()
+    (driver.directory / f"{lease.id}.json").write_text(json.dumps(order))
+    code = (
+        "import os, sys; from mlchaos_dagster.drivers import gpu_hog\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "gpu_hog.main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(driver.directory), lease.id], timeout=20)
+    assert done.returncode == -signal.SIGKILL
+    driver.recover(lease)
+    assert [path.name for path in driver.directory.iterdir()] == [f"{lease.id}.gone"]
+
+
+def test_cuda_that_does_not_answer_holds_the_look_up_for_a_moment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpu._LOOK_S <= 3
+    monkeypatch.setattr(gpu, "_LOOK_S", 0.2)
+    os.mkfifo(tmp_path / "libcuda.so.1")  # nobody writes to it: whoever loads it hangs
+    driver = GpuDriver(tmp_path, str(tmp_path / "libcuda.so.1"))
+    owner, now = Owner(os.getpid(), 0.0, "", ""), time.time()
+    targets, kind = ("gpu-0",), "gpu_memory_hog"
+    lease = Lease("mlchaos-mute", "r", "x", "e", "gpu", kind, targets, {}, {}, 9.0, now, now + 9, owner)
+    begun = time.monotonic()
+    evidence = driver.active(lease)
+    assert time.monotonic() - begun < 5
+    assert not evidence.present and "did not answer within 0.2 s" in evidence.lines[1]
 
 
 @needs_compiler
