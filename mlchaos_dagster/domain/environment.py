@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlchaos_dagster.domain.spec import AbortCondition, Mechanism, Model, Name
 from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction, Size
@@ -125,6 +126,17 @@ class S3Location(Model):
     access_key: str = ""
     """`env:NAME` or `file:PATH`; empty: the sandbox's own, or what the AWS chain of this process finds."""
     secret_key: str = ""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _no_credentials(cls, endpoint: str) -> str:
+        url = urlsplit(endpoint)
+        if "@" in url.netloc or url.query:
+            raise ValueError(
+                "it carries a user name, a password or a query, and leases keep it. Allowed: https://HOST:PORT; "
+                "credentials go to access_key and secret_key, as references"
+            )
+        return endpoint
 
 
 class Target(Model):

@@ -61,9 +61,9 @@ class ModelDriver:
             DriverError: it could not be undone.
         """
         if kind == "bad_model":
-            return model_registry.undo(target, self.directory, backup)
+            return model_registry.undo(target, self.directory, backup, step)
         if target.s3 is None:
-            return model_files.undo(targets, str(params["how"]), backup)
+            return model_files.undo(targets, str(params["how"]), backup, step)
         every = {**params, "fraction": 1.0}
         return self._s3.undo("s3_object_corruption", targets, every, target=target, backup=backup, step=step)
 
@@ -75,9 +75,9 @@ class ModelDriver:
             InjectFailed: it may be partly there.
         """
         if lease.kind == "bad_model":
-            model_registry.inject(lease)
+            model_registry.inject(lease, step)
         elif "files" in lease.undo:
-            model_files.inject(lease)
+            model_files.inject(lease, step)
         else:
             self._s3.inject(_on_s3(lease), step)
 
@@ -91,9 +91,9 @@ class ModelDriver:
             if "place" not in lease.undo and "files" not in lease.undo:
                 raise DriverError("the lease's undo data is lost", driver=NAME, verb="recover", lease_id=lease.id)
             if lease.kind == "bad_model":
-                model_registry.recover(lease)
+                model_registry.recover(lease, step)
             elif "files" in lease.undo:
-                model_files.recover(lease)
+                model_files.recover(lease, step)
             else:
                 self._s3.recover(_on_s3(lease), step)
         except RecoverFailed:

@@ -9,41 +9,46 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers import s3_choice, s3_client, s3_objects
-from mlchaos_dagster.drivers.s3_client import told
+from mlchaos_dagster.drivers.s3_client import beside, told
+from mlchaos_dagster.drivers.s3_evidence import Notes
 from mlchaos_dagster.drivers.s3_objects import MARK, Original
-from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.ports import Lease, Step, no_step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 
 CURRENT = "current.json"
 
 
-def undo(target: Target, directory: Path, backup: Path) -> dict[str, Any]:
+def undo(target: Target, directory: Path, backup: Path, step: Step = no_step) -> dict[str, Any]:
     """Read what is promoted, and make the worse version of it.
 
     Raises:
         DriverUnavailable: the store could not be asked.
-        DriverError: nothing is promoted, its artifact is not readable, or the bucket keeps no versions.
+        DriverError: nothing is promoted, its artifact is not readable, or the bucket keeps no versions or copies them.
     """
     where = {"driver": "model", "verb": "undo"}
     if target.s3 is None:
         raise DriverError("bad_model needs a registry: s3: {bucket: …, prefix: …}", **where)
     place = s3_client.place_of(target.s3, directory)
     bucket, root = place["bucket"], place["prefix"]
-    with told(DriverUnavailable, place, **where), s3_client.opened(place) as client:
+
+    def read(client: Any) -> tuple[Original, str, bytes, dict[str, Any]]:
         if not s3_choice.keeps_versions(client, bucket):
             raise DriverError(f"s3://{bucket} keeps no versions: a promotion could not be taken back exactly", **where)
-        s3_choice.refuse_locked(client, bucket)
+        s3_choice.refuse_unfit(client, bucket)
         pointer = s3_objects.record(client, bucket, root + CURRENT, versioned=True)
-        promoted = _json(_get(client, bucket, root + CURRENT))
-        version = str(promoted.get("version"))
+        version = str(_json(_get(client, bucket, root + CURRENT)).get("version"))
         card = _json(_get(client, bucket, f"{root}versions/{version}/card.json"))
-        worse, worse_card = _worse(_get(client, bucket, f"{root}versions/{version}/model.bin"), card)
+        return pointer, version, *_worse(_get(client, bucket, f"{root}versions/{version}/model.bin"), card)
+
+    with told(DriverUnavailable, place, **where), s3_client.opened(place) as client:
+        pointer, version, worse, worse_card = beside(lambda: read(client), step)
     try:
         backup.mkdir(parents=True, exist_ok=True)
         (backup / "armed").write_text("")
@@ -59,8 +64,10 @@ def undo(target: Target, directory: Path, backup: Path) -> dict[str, Any]:
     }
 
 
-def inject(lease: Lease) -> None:
+def inject(lease: Lease, step: Step = no_step) -> None:
     """Store the worse version, then promote it, if what is promoted is still what was read.
+
+    What is under way is noted as it is for objects, see s3.py.
 
     Raises:
         DriverUnavailable: nothing was touched.
@@ -71,37 +78,64 @@ def inject(lease: Lease) -> None:
     bucket = place["bucket"]
     if s3_client.sandbox_is_another(place):
         raise DriverUnavailable("the sandbox is another one than when the registry was read", **where)
-    backup = Path(lease.undo["backup"])
-    with told(InjectFailed, place, **where), s3_client.opened(place) as client:
+    backup, notes, unanswered = Path(lease.undo["backup"]), Notes(lease), list[str]()
+
+    def promote(client: Any) -> None:
         new = {"version": card["version"], "previous": lease.undo["before"], "promoted_by": lease.id}
         steps = ((_artifact_key(lease), (backup / "model.bin").read_bytes()), (_card_key(lease), _dump(card)))
         for key, content in steps:
             _refuse_recovered(backup, where)
+            notes.sending()
             client.put_object(Bucket=bucket, Key=key, Body=content, Metadata={MARK: lease.id})
         _refuse_recovered(backup, where)
+        notes.sending()
         if not s3_objects.overwrite(client, bucket, _pointer(lease), lease.id, io.BytesIO(_dump(new))):
             raise InjectFailed("somebody else promoted a version meanwhile; theirs stays", **where)
 
+    def sending(done: int, total: int) -> None:
+        notes.sending()
+        step(done, total)
 
-def recover(lease: Lease) -> None:
+    with told(InjectFailed, place, **where), s3_client.opened(place) as client:
+        s3_client.tell_unanswered(client, lambda: unanswered.append(""))
+        _refuse_recovered(backup, where)
+        notes.begin()
+        try:
+            beside(lambda: promote(client), sending)
+        except s3_client.client_errors()[1]:
+            unanswered.append("")
+            raise
+        finally:
+            if not unanswered:
+                notes.end(Counter({True: 1}), 1, True)
+
+
+def recover(lease: Lease, step: Step = no_step) -> None:
     """Take our promotion and our version away; what others promoted meanwhile stays. Idempotent.
+
+    After an injection that did not end orderly, again until nothing of it can come through any more.
 
     Raises:
         RecoverFailed: the store does not answer, or the pointer has not its content.
     """
     where = {"driver": "model", "verb": "recover", "lease_id": lease.id}
-    place = lease.undo["place"]
-    (Path(lease.undo["backup"]) / "armed").unlink(missing_ok=True)
+    place, notes = lease.undo["place"], Notes(lease)
+    notes.disarm()
     if s3_client.vanished(place):
         return
     bucket, pointer = place["bucket"], _pointer(lease)
-    with told(RecoverFailed, place, **where), s3_client.opened(place) as client:
+
+    def restore(client: Any) -> None:
         found = s3_objects.restored(client, bucket, pointer, lease.id)
         if found.state == "same" and found.sha256 != pointer.sha256 and not s3_client.sandbox_is_another(place):
             raise RecoverFailed(f"{pointer.key} has its version but not its content", **where)
         for key in (_artifact_key(lease), _card_key(lease)):
             for version in _ours(client, bucket, key, lease.id):
                 client.delete_object(Bucket=bucket, Key=key, VersionId=version)
+
+    with told(RecoverFailed, place, **where), s3_client.opened(place) as client:
+        for _ in notes.looks(step):
+            beside(lambda: restore(client), step)
 
 
 def active(lease: Lease) -> Evidence:

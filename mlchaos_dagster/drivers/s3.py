@@ -5,7 +5,7 @@ object by object in s3_objects.py; here is the order of the work. Beside the lea
 process from another's point of view:
 
     armed        made by `undo`, removed by `recover`: without it nothing is (any longer) injected
-    injecting    an injection was begun
+    injecting    an injection was begun; its time of modification is when it was last known to send
     injected     it has ended and no request of it is under way: what it did, as JSON
     00000.bin …  contents, in a bucket that keeps no versions
     restored     what the last recovery read back, as JSON
@@ -35,9 +35,8 @@ NAME = "s3"
 SAMPLE = 50
 """Objects whose content `active` reads, and above four times as many, that it looks at first."""
 _SAMPLE_BYTES = 64 * 1024**2
-_LATE_S = 0.5
-"""How long a request of a killed process may still lie in the store's queue; it is looked for until none came."""
-_LOOKS = 20
+_ROUNDS = 20
+"""How often what was found again is taken away again: a request that was sent twice is written twice."""
 
 
 class S3Driver:
@@ -90,7 +89,7 @@ class S3Driver:
         bucket, how = place["bucket"], str(params.get("how", "random_bytes"))
         with told(DriverUnavailable, place, driver=NAME, verb="undo"), s3_client.opened(place) as client:
             versioned = s3_choice.keeps_versions(client, bucket)
-            s3_choice.refuse_locked(client, bucket)
+            s3_choice.refuse_unfit(client, bucket)
             there = s3_choice.listed(client, bucket, prefix, target.select, len(place["prefix"]), step)
             chosen, others = s3_choice.chosen(there, float(params["fraction"]))
             if not chosen:
@@ -156,6 +155,7 @@ class S3Driver:
                 raise InjectFailed("the lease was recovered meanwhile", **where)
             if time.time() >= lease.deadline_wall:
                 raise InjectFailed("the lease's deadline has passed", **where)
+            notes.sending()
             try:
                 written = s3_fault.damage(
                     client, bucket, original, lease.id, how, partner=halves.get(original.key), conditional=conditional
@@ -165,8 +165,13 @@ class S3Driver:
                 raise
             counts[written] += 1
 
+        def sending(done: int, total: int) -> None:
+            notes.sending()
+            step(done, total)
+
         with told(DriverUnavailable, place, **where), s3_client.opened(place) as client:
             client.head_bucket(Bucket=bucket)
+            s3_client.tell_unanswered(client, lambda: unanswered.append(""))
             if not notes.armed:
                 raise InjectFailed("the lease was recovered already", **where)
             with told(InjectFailed, place, **where):
@@ -176,9 +181,9 @@ class S3Driver:
                     first = objects[0]
                     partner = halves.get(first.key)
                     conditional = beside(
-                        lambda: s3_fault.knows_if_match(client, bucket, first, lease.id, how, partner=partner), step
+                        lambda: s3_fault.knows_if_match(client, bucket, first, lease.id, how, partner=partner), sending
                     )
-                    in_parallel(one, objects, len(objects), step)
+                    in_parallel(one, objects, len(objects), sending)
                 except s3_client.client_errors()[1]:
                     unanswered.append("")
                     raise
@@ -193,7 +198,7 @@ class S3Driver:
         """Take away what is ours, object by object, and read every object back.
 
         After an injection that did not end orderly, a request of it may still come through: looked for again until none
-        was found.
+        can come any more (`s3_evidence.LATE_S` after the injection last sent).
 
         Raises:
             RecoverFailed: the store does not answer, or an object is not as it was and nobody else wrote it.
@@ -273,22 +278,19 @@ class S3Driver:
         def read(original: Original) -> tuple[Original, Look]:
             return original, s3_objects.look(client, bucket, original, lease.id, read=True)
 
-        orderly = notes.orderly
-        for _ in range(_LOOKS):
-            first = in_parallel(restored, objects, len(objects), lambda done, total: step(done, 2 * total))
-            if failed := [said for _, said in first if said]:
-                raise RecoverFailed(
-                    f"{len(failed)} of {len(objects)} objects: {failed[0]}",
-                    driver=NAME,
-                    verb="recover",
-                    lease_id=lease.id,
-                )
-            if not orderly:
-                time.sleep(_LATE_S)
+        for _ in range(_ROUNDS):
+            for _ in notes.looks(step):
+                first = in_parallel(restored, objects, len(objects), lambda done, total: step(done, 2 * total))
+                if failed := [said for _, said in first if said]:
+                    raise RecoverFailed(
+                        f"{len(failed)} of {len(objects)} objects: {failed[0]}",
+                        driver=NAME,
+                        verb="recover",
+                        lease_id=lease.id,
+                    )
             second = in_parallel(read, objects, len(objects), lambda done, total: step(total + done, 2 * total))
             if not any(found.present for _, found in second):
                 break
-            orderly = False
         else:
             raise RecoverFailed("damaged objects keep coming", driver=NAME, verb="recover", lease_id=lease.id)
         wrong = [o.key for o, found in second if found.state == "same" and found.sha256 != o.sha256]

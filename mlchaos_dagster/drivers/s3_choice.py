@@ -75,8 +75,30 @@ def keeps_versions(client: Any, bucket: str) -> bool:
     return said.get("Status") == "Enabled"
 
 
-def refuse_locked(client: Any, bucket: str) -> None:
-    """Damaged versions that a retention rule locks could not be taken away."""
+def refuse_unfit(client: Any, bucket: str) -> None:
+    """Look whether a damaged version can be taken away for good.
+
+    Raises:
+        DriverError: a retention rule locks it, or it is copied elsewhere: the deletion of a version is not.
+    """
+    _refuse_locked(client, bucket)
+    _refuse_replicated(client, bucket)
+
+
+def _refuse_replicated(client: Any, bucket: str) -> None:
+    try:
+        said = client.get_bucket_replication(Bucket=bucket)
+    except s3_client.client_errors()[0] as e:
+        if s3_client.code_of(e) in ("AccessDenied", "403"):
+            raise DriverError(
+                f"not allowed to see whether bucket {bucket} is replicated (s3:GetReplicationConfiguration)"
+            ) from e
+        return  # no replication, or a store that knows none
+    if any(rule.get("Status") == "Enabled" for rule in said.get("ReplicationConfiguration", {}).get("Rules", [])):
+        raise DriverError(f"bucket {bucket} is replicated: a damaged version would stay at the other place")
+
+
+def _refuse_locked(client: Any, bucket: str) -> None:
     try:
         said = client.get_object_lock_configuration(Bucket=bucket)
     except s3_client.client_errors()[0]:

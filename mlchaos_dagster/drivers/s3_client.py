@@ -16,10 +16,11 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mlchaos_dagster.domain.environment import S3Location
 from mlchaos_dagster.engine.ports import Step
-from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable
+from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable, MlChaosError
 from mlchaos_dagster.sandbox import api
 from mlchaos_dagster.sandbox.client import read_state
 from mlchaos_dagster.settings import resolved
@@ -36,12 +37,16 @@ _DYING_S = 1.0
 """Processes of a killed sandbox are gone within milliseconds; a busy machine may take longer."""
 _MAKING = threading.Lock()
 """boto3 makes clients in one thread at a time only; made, they may be shared."""
+_WORKER = threading.local()
+"""In threads of `in_parallel`: `cancel`, the event that says that nobody waits for a result any more."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 def place_of(s3: S3Location, sandbox: Path) -> dict[str, Any]:
-    """What a lease stores of a location; of the sandbox's own store also whose it is.
+    """What a lease stores of a location; of a store that lives and dies with the sandbox also whose it is.
+
+    A sandbox that keeps its objects at an endpoint of somebody else stands for that endpoint: they outlive it.
 
     Raises:
         DriverError: credentials are written out instead of referenced.
@@ -57,8 +62,15 @@ def place_of(s3: S3Location, sandbox: Path) -> dict[str, Any]:
         if state is None or not api.is_alive(sandbox):
             raise DriverUnavailable(f"no sandbox is up in {sandbox}")
         _sandbox_store(sandbox)
-        supervisor = {"pid": state["pid"], "create_time": state["create_time"]}
-        place["sandbox"] = {"directory": str(sandbox.resolve()), "supervisor": supervisor}
+        if kept := _object_store_of(state):
+            place |= {"endpoint": kept["endpoint"], "region": kept.get("region") or s3.region}
+            place |= {name: place[name] or kept[name] for name in ("access_key", "secret_key")}
+        else:
+            supervisor = {"pid": state["pid"], "create_time": state["create_time"]}
+            place["sandbox"] = {"directory": str(sandbox.resolve()), "supervisor": supervisor}
+    url = urlsplit(str(place["endpoint"]))
+    if url.username or url.password or url.query:
+        raise DriverError("the endpoint of the store carries a user name, a password or a query: leases keep it")
     return place
 
 
@@ -117,10 +129,21 @@ def opened(place: Mapping[str, Any]) -> Generator[Any, None, None]:
     keys = {"aws_access_key_id": resolved(access), "aws_secret_access_key": resolved(secret)} if access else {}
     with _MAKING:
         client = _session().client("s3", endpoint_url=endpoint, region_name=place["region"], config=config, **keys)
+    client.meta.events.register_first("before-send.s3", _before_send)
     try:
         yield client
     finally:
         client.close()
+
+
+def tell_unanswered(client: Any, note: Callable[[], None]) -> None:
+    """Have `note` called for every PUT of this client that was sent and not answered, also where the next try was."""
+
+    def look(response: Any = None, caught_exception: Exception | None = None, **_: Any) -> None:
+        if caught_exception is not None and not isinstance(caught_exception, Cancelled):
+            note()
+
+    client.meta.events.register_first("needs-retry.s3.PutObject", look)
 
 
 @contextlib.contextmanager
@@ -161,17 +184,28 @@ def in_parallel(work: Callable[[_T], _R], items: Iterable[_T], total: int, step:
     """`work` on every item with a few threads; results in order of completion.
 
     Calls `step` at once and then at least every `STEP_S` seconds, from the calling thread. At the first exception, of a
-    `work` or of `step`, nothing more is begun; it is raised when all that was in flight has ended.
+    `work` or of `step`, nothing more is begun, no further request is sent, and it is raised when all that was in flight
+    has ended. Until then `step` is called on: whoever waits for a store that hangs still lives. What it says then is
+    raised at the end instead.
     """
     results: list[_R] = []
-    feed, waiting = iter(items), set[Future[_R]]()
+    feed, waiting, cancel = iter(items), set[Future[_R]](), threading.Event()
+
+    def cancellable(item: _T) -> _R:
+        _WORKER.cancel = cancel
+        try:
+            go_on()
+            return work(item)
+        finally:
+            _WORKER.cancel = None
+
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="s3") as pool:
         try:
             step(0, total)
             looked = time.monotonic()
             while True:
                 # Only a few ahead: ten thousand items must not become ten thousand futures.
-                waiting |= {pool.submit(work, item) for item in islice(feed, 2 * WORKERS - len(waiting))}
+                waiting |= {pool.submit(cancellable, item) for item in islice(feed, 2 * WORKERS - len(waiting))}
                 if not waiting:
                     break
                 finished, waiting = wait(waiting, timeout=STEP_S, return_when=FIRST_COMPLETED)
@@ -180,16 +214,53 @@ def in_parallel(work: Callable[[_T], _R], items: Iterable[_T], total: int, step:
                     step(len(results), total)
                     looked = time.monotonic()
             step(len(results), total)
-        except BaseException:
-            for future in waiting:
-                future.cancel()
+        except BaseException as e:
+            cancel.set()
+            said = _drained(waiting, lambda: step(len(results), total))
+            if said is not None and isinstance(e, Exception) and not isinstance(e, type(said)):
+                raise said from e
             raise
     return results
+
+
+class Cancelled(Exception):
+    """Nobody waits for the result of this thread any more; never leaves `in_parallel`."""
+
+
+def go_on() -> None:
+    """Called between requests and between chunks of a body. Raises Cancelled."""
+    cancel: threading.Event | None = getattr(_WORKER, "cancel", None)
+    if cancel is not None and cancel.is_set():
+        raise Cancelled
+
+
+def _drained(waiting: set[Future[_R]], step: Callable[[], None]) -> MlChaosError | None:
+    """Wait for all; `step` meanwhile, whatever it says: the first is returned."""
+    said: MlChaosError | None = None
+    waiting = {future for future in waiting if not future.cancel()}
+    while waiting:
+        _, waiting = wait(waiting, timeout=STEP_S)
+        if waiting:
+            try:
+                step()
+            except MlChaosError as e:
+                said = said or e
+    return said
 
 
 def beside(work: Callable[[], _R], step: Step) -> _R:
     """One piece of work of a few seconds, with `step` called meanwhile; see `in_parallel`."""
     return in_parallel(lambda _: work(), (None,), 1, lambda done, total: step(0, 0))[0]
+
+
+def _before_send(**_: Any) -> None:
+    go_on()
+
+
+def _object_store_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """The endpoint and the references that a sandbox was configured with; empty: it keeps objects in memory."""
+    config: Mapping[str, Any] = state.get("config") or {}
+    return config.get("object_store") or {}
 
 
 def _sandbox_store(directory: Path) -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,13 @@ from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers import s3_client
 from mlchaos_dagster.drivers.s3_objects import Look, Original
 from mlchaos_dagster.engine.files import sync_directory, write_json
-from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.ports import Lease, Step
 from mlchaos_dagster.errors import InjectFailed, StoreError
+
+LATE_S = s3_client.READ_S * s3_client.ATTEMPTS + 1.0
+"""How long after it was sent a request of a killed process may come out of the store's queue: as long as its sender would
+have waited for it, and a second for what was sent after the last note of it."""
+_LOOK_EVERY_S = 0.5
 
 
 class Notes:
@@ -22,6 +29,7 @@ class Notes:
 
     def __init__(self, lease: Lease) -> None:
         self.directory = Path(lease.undo["backup"])
+        self._deadline = lease.deadline_wall
 
     @property
     def armed(self) -> bool:
@@ -34,6 +42,36 @@ class Notes:
         return self.directory.is_dir() and (
             not (self.directory / "injecting").exists() or (self.directory / "injected").exists()
         )
+
+    @property
+    def late_s(self) -> float:
+        """For how long a request of the injection may still come through; 0 after an orderly end."""
+        if self.orderly:
+            return 0.0
+        now = time.time()
+        try:
+            sent = (self.directory / "injecting").stat().st_mtime
+        except OSError:
+            sent = min(now, self._deadline)  # nothing is begun after the deadline
+        return min(LATE_S, max(0.0, sent + LATE_S - now))
+
+    def looks(self, step: Step) -> Iterator[None]:
+        """One look; after an injection that did not end orderly one after the other, until nothing can come any more."""
+        while True:
+            left = self.late_s
+            yield
+            if not left:
+                return
+            left = min(left, _LOOK_EVERY_S)
+            while left > 0:
+                step(0, 0)
+                time.sleep(min(left, s3_client.STEP_S))
+                left -= s3_client.STEP_S
+
+    def sending(self) -> None:
+        """A request of the injection is about to be sent, or under way."""
+        with contextlib.suppress(OSError):
+            os.utime(self.directory / "injecting")
 
     def begin(self) -> None:
         """Raises InjectFailed: it cannot be noted."""

@@ -100,4 +100,4 @@ def _content(
     version = {"VersionId": original.version} if original.version and not current else {}
     reply = client.get_object(Bucket=bucket, Key=original.key, IfMatch=original.etag, **version)
     with contextlib.closing(reply["Body"]) as body:
-        yield reply, body.iter_chunks(s3_objects.CHUNK)
+        yield reply, s3_objects.chunks(body)

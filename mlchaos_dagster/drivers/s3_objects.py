@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import urlencode
 
-from mlchaos_dagster.drivers.s3_client import client_errors, code_of
+from mlchaos_dagster.drivers.s3_client import client_errors, code_of, go_on
 from mlchaos_dagster.errors import DriverError
 
 MARK = "mlchaos-lease"
@@ -33,7 +33,7 @@ MAX_SIZE = 5 * 1024**3
 CHUNK = 256 * 1024
 KEPT = (
     "CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata",
-    "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption", "SSEKMSKeyId", "BucketKeyEnabled",
+    "WebsiteRedirectLocation", "StorageClass", "ServerSideEncryption", "SSEKMSKeyId", "BucketKeyEnabled", "Expires",
 )  # fmt: skip
 CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 UNKNOWN = frozenset({"NotImplemented", "501"})
@@ -91,7 +91,8 @@ def record(client: Any, bucket: str, key: str, *, versioned: bool, backup: Path 
     `backup`, is fsynced and read back.
 
     Raises:
-        DriverError: it has no version and no backup could be made, or it is too large to be overwritten in one request.
+        DriverError: it has no version and no backup could be made, or it has an ACL that a PUT would not put back; or it
+            is too large to be overwritten in one request.
     """
     reply = client.get_object(Bucket=bucket, Key=key)
     size, version = int(reply["ContentLength"]), str(reply.get("VersionId") or "null")
@@ -100,7 +101,7 @@ def record(client: Any, bucket: str, key: str, *, versioned: bool, backup: Path 
         if size > MAX_SIZE:
             raise DriverError(f"{key} has {size:,} bytes; at most {MAX_SIZE:,} can be overwritten in one request")
         if versioned:
-            for chunk in body.iter_chunks(CHUNK):
+            for chunk in chunks(body):
                 digest.update(chunk)
         elif backup is None:
             raise DriverError(f"{key} has no version id, and there is no backup")
@@ -110,10 +111,15 @@ def record(client: Any, bucket: str, key: str, *, versioned: bool, backup: Path 
                 " that no restore takes away; enable versioning"
             )
         else:
-            _back_up(body.iter_chunks(CHUNK), digest, backup, key)
+            _back_up(chunks(body), digest, backup, key)
     headers = {}
     if not versioned:
+        _refuse_acl(client, bucket, key)
         headers = {name: reply[name] for name in KEPT if reply.get(name)}
+        if "Expires" in headers:
+            headers["Expires"] = headers["Expires"].isoformat()
+        elif reply.get("ExpiresString"):
+            raise DriverError(f"{key} has the header Expires: {reply['ExpiresString']}, which is no date to put back")
         if reply.get("TagCount"):
             tags = client.get_object_tagging(Bucket=bucket, Key=key)["TagSet"]
             headers["Tags"] = [[tag["Key"], tag["Value"]] for tag in tags]
@@ -226,6 +232,22 @@ def look(client: Any, bucket: str, original: Original, lease_id: str, *, read: b
 # ---- inside
 
 
+def _refuse_acl(client: Any, bucket: str, key: str) -> None:
+    """Whoever overwrites an object becomes the only one who may read it: fine only where that is so already."""
+    try:
+        said = client.get_object_acl(Bucket=bucket, Key=key)
+    except client_errors()[0] as e:
+        if code_of(e) in UNKNOWN | {"AccessControlListNotSupported", "MethodNotAllowed", "405"}:
+            return  # a store without ACLs
+        raise
+    owner, grants = said.get("Owner", {}).get("ID", ""), said.get("Grants", [])
+    whole = [g for g in grants if g.get("Permission") == "FULL_CONTROL" and "URI" not in g.get("Grantee", {})]
+    if len(grants) != 1 or not whole or whole[0].get("Grantee", {}).get("ID", "") != owner:
+        raise DriverError(
+            f"{key} has an ACL of its own, which overwriting would lose; enable versioning, which keeps it"
+        )
+
+
 def _head(client: Any, bucket: str, key: str, **more: str) -> dict[str, Any] | None:
     try:
         return client.head_object(Bucket=bucket, Key=key, **more)
@@ -262,6 +284,13 @@ def marked(head: dict[str, Any], lease_id: str) -> dict[str, Any]:
     return {**headers, "Metadata": {**head.get("Metadata", {}), MARK: lease_id}}
 
 
+def chunks(body: Any) -> Iterator[bytes]:
+    """Of a reply's body, until nobody waits for it any more."""
+    for chunk in body.iter_chunks(CHUNK):
+        go_on()
+        yield chunk
+
+
 def put(
     client: Any, bucket: str, key: str, body: IO[bytes], headers: dict[str, Any], *, if_match: str | None = None
 ) -> None:
@@ -280,7 +309,7 @@ def _read(client: Any, bucket: str, key: str) -> tuple[dict[str, Any] | None, st
             return None, ""
         raise
     with contextlib.closing(reply["Body"]) as body:
-        return reply, _digest(body.iter_chunks(CHUNK))
+        return reply, _digest(chunks(body))
 
 
 def _below(client: Any, bucket: str, original: Original, lease_id: str) -> tuple[str, ...]:
@@ -320,6 +349,8 @@ def _put_back(client: Any, bucket: str, original: Original, lease_id: str) -> in
             if head is None or not _is_ours(head, lease_id):
                 return 0
             headers = dict(original.headers)
+            if "Expires" in headers:
+                headers["Expires"] = datetime.fromisoformat(headers["Expires"])
             if tags := headers.pop("Tags", None):
                 headers["Tagging"] = urlencode([(name, value) for name, value in tags])
             try:

@@ -1,10 +1,12 @@
 """Gauges read on a schedule, in a thread: what a platform says of itself beside the requests.
 
-Owns the rhythm; what is read is a function given by the wiring. A failed read is a gap, not an error.
+Owns the rhythm; what is read is a function given by the wiring. A failed read is a gap, not an error, and so is a value
+that is no finite number.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +41,9 @@ class PolledSignals:
             except Exception:  # noqa: BLE001  whatever a reader dies of is a gap; its silence aborts the run
                 values = {}
             at = time.monotonic() - zero
-            found = [SignalSample(at, n, float(v)) for n, v in values.items() if n in self.names]
+            # NaN compares as neither good nor bad: it would be no breach, and still count as seen.
+            known = ((n, float(v)) for n, v in values.items() if n in self.names)
+            found = [SignalSample(at, n, v) for n, v in known if math.isfinite(v)]
             with self._lock:
                 self._samples += found
             # A read that took long does not make the next ones come in a burst.

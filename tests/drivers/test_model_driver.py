@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -18,9 +20,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from mlchaos_dagster.domain.environment import S3Location, Target
+from mlchaos_dagster.drivers import model_files, s3_client, s3_evidence
 from mlchaos_dagster.drivers.model import ModelDriver
-from mlchaos_dagster.engine.ports import Lease, Owner
-from mlchaos_dagster.errors import DriverError, InjectFailed, RecoverFailed
+from mlchaos_dagster.drivers.s3_objects import MARK
+from mlchaos_dagster.engine.ports import Lease, Owner, Step
+from mlchaos_dagster.errors import DriverError, Halted, InjectFailed, RecoverFailed
 from mlchaos_dagster.sandbox.model import load, scores, train, unpack
 
 pytestmark = pytest.mark.req("R3-04")
@@ -110,6 +114,66 @@ def test_no_copy_no_fault(tmp_path: Path, model: Path) -> None:
     before = model.read_bytes()
     with pytest.raises(DriverError, match="no copy could be made"):
         on_file(tmp_path)
+    assert model.read_bytes() == before
+
+
+def test_all_that_hung_on_the_file_beside_its_content_is_on_it_again(tmp_path: Path, model: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(model, 4321, 8765)
+        model.chmod(0o2750)
+    with contextlib.suppress(OSError, AttributeError):  # not every file system keeps them
+        os.setxattr(model, "user.mlchaos-test", b"kept")
+    os.utime(model, ns=(1_600_000_000_123_456_789, 1_600_000_000_123_456_789))
+
+    def hanging() -> tuple[object, ...]:
+        found = model.stat()
+        names = {n: os.getxattr(model, n) for n in os.listxattr(model)} if hasattr(os, "listxattr") else {}
+        return found.st_uid, found.st_gid, found.st_mode, names
+
+    before, changed, lease, driver = hanging(), model.stat().st_mtime_ns, on_file(tmp_path), ModelDriver(tmp_path)
+    driver.inject(lease)
+    assert hanging() == before
+    driver.recover(lease)
+    assert (hanging(), model.stat().st_mtime_ns) == (before, changed)
+
+
+def test_a_file_that_could_not_be_given_back_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = tmp_path / "second-name"
+    os.link(model, second)
+    with pytest.raises(DriverError, match=r"has 2 names \(hard links\)"):
+        on_file(tmp_path)
+    second.unlink()
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    with pytest.raises(DriverError, match=r"belongs to .*, and only root could give it back"):
+        on_file(tmp_path)
+
+
+def test_a_large_file_does_not_silence_the_owner(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "STEP_S", 0.0)
+    model.write_bytes(os.urandom(3 * 1024**2))
+    before, target, params = model.read_bytes(), Target(select="models/*.bin"), {"how": "bit_flip"}
+    driver, steps = ModelDriver(tmp_path), [0]
+
+    def step(done: int, total: int) -> None:
+        steps[0] += 1
+
+    def halt(done: int, total: int) -> None:
+        raise Halted("enough")
+
+    def undo(step: Step) -> None:
+        ids = driver.resolve(target)
+        driver.undo("model_corruption", ids, params, target=target, backup=tmp_path / "b", step=step)
+
+    lease = on_file(tmp_path, "bit_flip")
+    for verb in (lambda: undo(step), lambda: driver.inject(lease, step), lambda: driver.recover(lease, step)):
+        steps[0] = 0
+        verb()
+        assert steps[0] >= 6  # each reads three chunks twice, at the least
+    for stopped in (lambda: undo(halt), lambda: driver.inject(on_file(tmp_path), halt)):
+        with pytest.raises(Halted):
+            stopped()
     assert model.read_bytes() == before
 
 
@@ -210,6 +274,52 @@ def test_a_bad_version_is_promoted_and_taken_back_to_the_very_versions(registry:
         driver.inject(lease)
     assert registry.everything() == before
     assert "a-very-secret-key" not in json.dumps(lease.undo)
+
+
+class Killed(BaseException):
+    """Nothing of ours runs after it."""
+
+
+def test_a_promotion_of_a_killed_run_that_comes_late_is_taken_back(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.fill()
+    before, lease, driver = registry.everything(), registry.lease(), ModelDriver(registry.tmp_path)
+    events, queued = s3_client._session().events, list[bytes]()
+
+    def hold(request: Any, **_: Any) -> None:
+        if request.url.endswith("/p/current.json"):
+            queued.append(request.body.read())
+            raise Killed
+
+    events.register("before-send.s3.PutObject", hold)
+    try:
+        with pytest.raises(Killed):
+            driver.inject(lease)
+    finally:
+        events.unregister("before-send.s3.PutObject", hold)
+    notes = Path(lease.undo["backup"])
+    assert (notes / "injecting").exists()
+    (notes / "injected").unlink()  # the dead leave no such note
+    now, slept, steps = time.time(), [0.0], [0]
+
+    def sleep(seconds: float) -> None:
+        slept[0] += seconds
+        if slept[0] > 3 and queued:
+            content = queued.pop()
+            registry.client.put_object(
+                Bucket=registry.bucket, Key="p/current.json", Body=content, Metadata={MARK: lease.id}
+            )
+            assert registry.promoted() == lease.undo["card"]["version"]
+
+    def step(done: int, total: int) -> None:
+        steps[0] += 1
+
+    monkeypatch.setattr(s3_evidence, "time", SimpleNamespace(time=lambda: now + slept[0], sleep=sleep))
+    ModelDriver(registry.tmp_path).recover(lease, step)
+    assert not queued, "it stopped looking while the promotion could still come through"
+    assert registry.everything() == before and not driver.active(lease).present
+    assert steps[0] > slept[0] / 0.5
 
 
 @pytest.mark.req("R2-06")

@@ -18,8 +18,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -29,7 +29,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from mlchaos_dagster.domain.environment import S3Location, Target
-from mlchaos_dagster.drivers import s3, s3_client, s3_objects
+from mlchaos_dagster.drivers import s3_client, s3_evidence, s3_objects
 from mlchaos_dagster.drivers.s3 import S3Driver
 from mlchaos_dagster.drivers.s3_damage import damaged
 from mlchaos_dagster.engine.ports import Lease, Owner, no_step
@@ -403,7 +403,7 @@ class Killed(BaseException):
 def test_killed_at_any_request_another_process_restores_everything(
     store: Store, verb: str, versioning: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_LATE_S", 0.05)  # no request of the dead is under way here
+    monkeypatch.setattr(s3_evidence, "LATE_S", 0.05)  # no request of the dead is under way here
     store.create(versioning)
     store.fill(5)
     before = store.snapshot()
@@ -430,28 +430,79 @@ def test_killed_at_any_request_another_process_restores_everything(
             assert store.versions() == 5
 
 
+class Clock:
+    """Time as whoever waits for late requests sees it; what is due at a moment happens then."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept = time.time(), 0.0
+        self.due: list[tuple[float, Callable[[], None]]] = []
+        patch.setattr(s3_evidence, "time", self)
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+        self.slept += seconds
+        for moment, what in [d for d in self.due if d[0] <= self.slept]:
+            self.due.remove((moment, what))
+            what()
+
+
 def test_a_request_of_the_dead_that_comes_late_is_taken_back_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.create()
     store.fill(5)
     before, lease = store.snapshot(), store.lease(fraction=1.0)
     store.driver().inject(lease)
     (Path(lease.undo["backup"]) / "injected").unlink()
-    key, late = touched(lease)[-1], [2, 1]
+    key, clock, stepped = touched(lease)[-1], Clock(monkeypatch), list[float]()
 
-    def pause(seconds: float) -> None:
-        """While recovery waits, first two and then one of the requests come through."""
-        assert seconds > 0
-        for _ in range(late.pop(0) if late else 0):
-            store.put(key, b"noise", Metadata={s3_objects.MARK: lease.id})
+    def late() -> None:
+        store.put(key, b"noise", Metadata={s3_objects.MARK: lease.id})
 
-    monkeypatch.setattr(s3, "time", SimpleNamespace(sleep=pause, time=time.time))
-    store.driver().recover(lease)
-    assert not late
+    clock.due = [(0.5, late), (3.0, late), (9.5, late)]
+    store.driver().recover(lease, lambda done, total: stepped.append(clock.now))
+    assert not clock.due, "it stopped looking while the store could still carry a request out"
     assert store.snapshot() == before
     assert store.versions() == 5
+    assert max(b - a for a, b in itertools.pairwise(stepped)) <= 0.5
+    waited = clock.slept
+    store.driver().recover(lease)
+    assert waited == clock.slept, "the time since the injection last sent is over"
 
 
-def test_a_request_without_an_answer_fails_the_injection_and_keeps_the_injection_open(store: Store) -> None:
+def test_after_an_orderly_end_nothing_is_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create()
+    store.fill(3)
+    clock, lease = Clock(monkeypatch), store.lease()
+    store.driver().inject(lease)
+    store.driver().recover(lease)
+    assert not clock.slept
+
+
+def test_a_request_that_was_sent_again_is_still_waited_for(store: Store) -> None:
+    store.create()
+    store.fill(3)
+    lease, lost = store.lease(fraction=1.0), [1]
+    from botocore.exceptions import ReadTimeoutError
+
+    def lose(**_: Any) -> None:
+        if lost:
+            lost.pop()
+            raise ReadTimeoutError(endpoint_url=store.url)
+
+    hook("before-send.s3.PutObject", lose)
+    store.driver().inject(lease)
+    assert not lost
+    assert store.driver().active(lease).effective
+    assert not (Path(lease.undo["backup"]) / "injected").exists()
+
+
+def test_a_request_without_an_answer_fails_the_injection_and_keeps_the_injection_open(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
     store.create()
     store.fill(5)
     before, lease = store.snapshot(), store.lease(fraction=1.0)
@@ -522,6 +573,45 @@ def test_buckets_in_which_it_could_not_be_undone_are_refused(store: Store) -> No
     store.client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Suspended"})
     with pytest.raises(DriverError, match="versioning is suspended"):
         store.lease()
+
+
+@pytest.mark.skipif(bool(OTHER), reason="not every store offers it")
+def test_without_versions_an_expiry_comes_back_and_an_acl_that_would_not_is_refused(store: Store) -> None:
+    store.create(versioning=None)
+    expires = datetime(2031, 5, 6, 7, 8, 9, tzinfo=timezone.utc)
+    store.put("data/part-000", b"cached", Expires=expires)
+    lease = store.lease(fraction=1.0)
+    store.driver().inject(lease)
+    store.driver().recover(lease)
+    reply = store.client.get_object(Bucket=store.bucket, Key="data/part-000")
+    assert (reply["Body"].read(), reply["Expires"]) == (b"cached", expires)
+
+    store.put("data/part-000", b"public", ACL="public-read")
+    with pytest.raises(DriverError, match="has an ACL of its own"):
+        store.lease(fraction=1.0)
+
+
+@pytest.mark.skipif(bool(OTHER), reason="not every store offers it")
+def test_a_bucket_that_is_copied_elsewhere_is_refused(store: Store) -> None:
+    store.create()
+    store.fill(2)
+
+    def replicate(status: str) -> None:
+        rule = {
+            "ID": "all", "Status": status, "Priority": 1, "Filter": {"Prefix": ""},
+            "DeleteMarkerReplication": {"Status": "Disabled"},
+            "Destination": {"Bucket": f"arn:aws:s3:::{store.bucket}"},
+        }  # fmt: skip
+        store.client.put_bucket_replication(
+            Bucket=store.bucket,
+            ReplicationConfiguration={"Role": "arn:aws:iam::123456789012:role/copy", "Rules": [rule]},
+        )
+
+    replicate("Enabled")
+    with pytest.raises(DriverError, match="is replicated"):
+        store.lease()
+    replicate("Disabled")
+    assert store.lease()
 
 
 def test_credentials_are_referenced_only(store: Store, server: tuple[str, str, str]) -> None:
@@ -617,7 +707,64 @@ def test_the_sandbox_takes_its_objects_with_it(store: Store, server: tuple[str, 
         down(second)
 
 
+def test_a_sandbox_with_a_store_of_somebody_else_does_not_take_its_objects_with_it(
+    store: Store, server: tuple[str, str, str]
+) -> None:
+    store.create()
+    store.fill(5)
+    home = store.tmp / "sandbox"
+    home.mkdir()
+    process = subprocess.Popen(["sleep", "60"])
+    config = {"endpoint": server[0], "access_key": "env:S3_ACCESS", "secret_key": "env:S3_SECRET"}
+    state = {
+        "control_url": "http://127.0.0.1:9", "token": "t", "pid": process.pid,
+        "create_time": psutil.Process(process.pid).create_time(), "config": {"object_store": config},
+        "object_store": {"url": server[0], "access_key": server[1], "secret_key": server[2]},
+    }  # fmt: skip
+    (home / "state.json").write_text(json.dumps(state))
+    try:
+        before = store.snapshot()
+        lease = store.lease(endpoint="{object_store}", access_key="", secret_key="")
+        assert server[2] not in json.dumps(lease.undo)
+        store.driver().inject(lease)
+    finally:
+        process.kill()
+        process.wait()
+    assert store.driver().active(lease).effective, "the objects outlive the sandbox, and so does the damage"
+    store.driver().recover(lease)
+    assert store.snapshot() == before
+    assert not store.driver().active(lease).present
+
+
 # ---- parts
+
+
+def test_who_waits_for_a_store_that_hangs_after_a_stop_still_steps_and_sends_nothing_more(store: Store) -> None:
+    store.create()
+    calls, sent, hung, released = itertools.count(1), list[str](), threading.Event(), threading.Event()
+    hook("before-send.s3", lambda event_name, **_: sent.append(event_name))
+    answers: list[bool] = []
+
+    def work(item: int) -> None:
+        client.head_bucket(Bucket=store.bucket)
+        hung.set()
+        answers.append(released.wait(5))  # the store takes its time
+        client.list_objects_v2(Bucket=store.bucket)
+
+    def step(done: int, total: int) -> None:
+        if not hung.is_set():
+            return
+        if next(calls) > 3:
+            released.set()
+        raise Halted("somebody wants out")
+
+    place = {**store.target().s3.model_dump()}  # type: ignore[union-attr]
+    with s3_client.opened(place) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3_client, "STEP_S", 0.02)
+        with pytest.raises(Halted):
+            s3_client.in_parallel(work, range(1), 1, step)
+    assert answers == [True], "nobody renewed while the store hung"
+    assert sent == ["before-send.s3.HeadBucket"]
 
 
 def test_steps_go_on_while_one_request_is_slow() -> None:
