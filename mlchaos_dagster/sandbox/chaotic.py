@@ -79,6 +79,20 @@ class ModelChaos:
         said = ", ".join(f"{chaos[name]} {name}" for name in ("exceptions", "timeouts", "wrong"))
         return failed > 0, [f"{fault.target} is chaotic: {said} in {chaos['calls']} calls"], {"counters": chaos}
 
+    async def traces(self) -> list[tuple[str, str]]:
+        """(lease id, replica) of every wrapper that there is: a request of ours may arrive after we gave it up."""
+        slots = [slot for slot in self._supervisor.slots.values() if slot.role == "inference"]
+        slots = [slot for slot in slots if slot.running and slot.port is not None]
+        leases = await asyncio.gather(*(self._lease_on(slot) for slot in slots))
+        return [(lease, slot.name) for lease, slot in zip(leases, slots, strict=True) if lease]
+
+    async def _lease_on(self, slot: Slot) -> str:
+        try:
+            _, state = await self._supervisor.call(slot, "GET", "/state", None, _CALL_S)
+        except _UNANSWERED:
+            return ""
+        return (state["chaos"] or {}).get("lease_id", "")
+
     def _slot(self, fault: Fault) -> Slot | None:
         slot = self._supervisor.slots.get(fault.target)
         return slot if slot is not None and slot.running and slot.port is not None else None

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
 from .faults import NETWORK_KINDS, POD_KINDS, Fault, Refused, parse
-from .handlers import HANDLERS, Handler
-from .slots import Slot
+from .handlers import HANDLERS, Handler, told
+from .slots import Slot, is_living_process
 from .tombstones import read_tombstones, write_tombstone
 from .truth import TruthLog
 
@@ -92,17 +91,29 @@ class FaultBook:
         raise Refused(409, f"{fault.kind} on {fault.target} ended before it was seen")
 
     async def remove(self, lease: str) -> list[dict[str, Any]]:
-        """Take everything of a lease away, for ever; return what there was. Safe for leases nobody knows."""
+        """Take everything of a lease away, for ever; return what there was. Safe for leases nobody knows.
+
+        Raises:
+            Refused: some targets did not give it up (all are named). They stay in the book; all others are rid of it.
+        """
         self._bury(lease)
+        removed, refused = list[Fault](), list[Refused]()
         async with self.lock:
-            removed = [fault for fault in self._faults.values() if fault.lease_id == lease]
-            for fault in removed:
-                await self._clear(fault)
+            every = (*self._faults.values(), *await self._strays())
+            for fault in [fault for fault in every if fault.lease_id == lease]:
+                try:
+                    await self._clear(fault)
+                except Refused as error:
+                    refused.append(error)
+                    continue
+                removed.append(fault)
                 self._faults.pop(fault.key, None)
                 self._truth.write("fault_removed", fault.target, None, lease, kind=fault.kind)
             # Ask every proxy, not only those we remember: their word counts, and they keep the tombstone too.
             proxies = [slot for slot in self._slots.values() if slot.role == "proxy"]
             await asyncio.gather(*(self.clear_proxy(slot, lease) for slot in proxies))
+        if refused:
+            raise Refused(refused[0].status, "; ".join(map(str, refused)))
         return [{"target": fault.target, "kind": fault.kind, "params": fault.params} for fault in removed]
 
     async def present(self) -> dict[str, Any]:
@@ -122,6 +133,10 @@ class FaultBook:
             fault = Fault(rule["lease_id"], rule["token"], rule["kind"], rule["link"], rule["params"], 0.0)
             fault.deadline = time.monotonic() + rule["remaining_s"]
             found.append(fault.to_dict(effective=bool(rule["first_effect"]), evidence=[_rule_line(rule)]))
+        for stray in await self._strays():
+            found.append(
+                stray.to_dict(effective=True, evidence=[f"{stray.target} has {stray.kind}, which is not meant"])
+            )
         meant = {(fault.target, fault.hold_key) for fault in self._faults.values()}
         for slot in self._slots.values():
             for hold in slot.holds:
@@ -174,6 +189,10 @@ class FaultBook:
         if kind not in self._handlers:
             self._handlers[kind] = self._build(kind)
         return self._handlers[kind]
+
+    async def _strays(self) -> list[Fault]:
+        meant = set(self._faults)
+        return [fault for fault in await told(self._handlers) if fault.key not in meant | set(self._faults)]
 
     async def _inject(self, fault: Fault) -> None:
         if fault.kind in NETWORK_KINDS:
@@ -248,7 +267,7 @@ class FaultBook:
 
     def _seen_pod(self, fault: Fault) -> dict[str, Any]:
         slot = self._slots.get(fault.target)
-        gone = [pid for pid in fault.killed if not _same_process_lives(slot, pid)]
+        gone = [pid for pid in fault.killed if not is_living_process(slot, pid)]
         evidence = [f"{fault.target} pid {pid} is gone" for pid in gone[-3:]]
         if len(gone) > 3:
             evidence.insert(0, f"{len(gone)} processes of {fault.target} were killed")
@@ -379,13 +398,3 @@ class FaultBook:
 def _rule_line(rule: dict[str, Any]) -> str:
     done = ", ".join(f"{what} {count}" for what, count in rule["counters"].items() if count)
     return f"proxy {rule['link']}: {rule['kind']} in force; {done or 'nothing was touched yet'}"
-
-
-def _same_process_lives(slot: Slot | None, pid: int) -> bool:
-    """True when that very pid is still this slot's process (the slot reaped all others itself)."""
-    if slot is None or slot.pid != pid or not slot.running:
-        return False
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import math
+import time
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .faults import Fault, Refused
 
@@ -50,6 +52,22 @@ class Handler(Protocol):
     async def seen(self, fault: Fault) -> tuple[bool, list[str], dict[str, Any]] | None:
         """(effective, evidence lines, further facts), read from the target now; None: nothing of it is there."""
         ...
+
+
+@runtime_checkable
+class Tracing(Protocol):
+    """A handler whose targets can say by themselves what they have, whatever the book remembers."""
+
+    async def traces(self) -> list[tuple[str, str]]:
+        """(lease id, target) of everything of this kind that is there now; targets that do not answer are left out."""
+        ...
+
+
+async def told(handlers: Mapping[str, Handler]) -> list[Fault]:
+    """What targets say they have of these kinds, as faults without parameters whose time is up."""
+    asked = {kind: handler.traces() for kind, handler in handlers.items() if isinstance(handler, Tracing)}
+    answers = zip(asked, await asyncio.gather(*asked.values()), strict=True)
+    return [Fault(lease, 0, kind, target, {}, time.monotonic()) for kind, found in answers for lease, target in found]
 
 
 def build(kind: str, supervisor: Supervisor) -> Handler:

@@ -217,3 +217,13 @@ class Slot:
             self.ready = ready
             self._truth.write("ready" if ready else "unready", self.name, self.pid, at=at, mono=mono)
             self._changed()
+
+
+def is_living_process(slot: Slot | None, pid: int) -> bool:
+    """True when that very pid is still this slot's process (the slot reaped all others itself)."""
+    if slot is None or slot.pid != pid or not slot.running:
+        return False
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

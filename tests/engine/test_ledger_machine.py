@@ -342,7 +342,12 @@ class Leases(RuleBasedStateMachine):
         actor = self.world.owners[n]
         self._open(n, {"t1", "t2"})
         if actor.awake and actor.lease is not None and len(actor.left) == 2 and not actor.checked:
-            actor.ledger.check(actor.lease)
+            try:
+                actor.ledger.check(actor.lease)
+            except LeaseRefused:  # a lease from before, taken away meanwhile
+                actor.lease = None
+                return
+            assert actor.lease.id not in self.world.fenced, "passed the check after it was fenced"
             actor.checked = True
             actor.inject_step()
             actor.paused = True
@@ -461,7 +466,7 @@ def options(examples: int, **more) -> settings:
 @pytest.mark.timeout(120)
 def test_the_lease_protocol(no_fsync):
     World.seen.clear()
-    run_state_machine_as_test(Leases, settings=options(200))
+    run_state_machine_as_test(Leases, settings=options(150))
     assert min(World.seen[x] for x in ("injected", "fenced", "closed", "killed")) >= 10, World.seen
 
 
