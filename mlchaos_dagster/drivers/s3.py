@@ -18,6 +18,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ NAME = "s3"
 SAMPLE = 50
 """Objects whose content `active` reads, and above four times as many, that it looks at first."""
 _SAMPLE_BYTES = 64 * 1024**2
+_WORTH_LISTING = 10
+"""Objects under the prefix for each of the lease, up to which a list takes less time than a look at each."""
 _ROUNDS = 20
 """How often what was found again is taken away again: a request that was sent twice is written twice."""
 
@@ -231,7 +234,8 @@ class S3Driver:
     def active(self, lease: Lease) -> Evidence:
         """What is at the chosen keys now: metadata, version id and ETag of each, and the content of some.
 
-        Of many objects a sample is looked at first; all of it damaged is an answer, anything else is looked at in full.
+        Of many objects a sample is looked at first; all of it damaged is an answer, anything else is looked at in full: in
+        lists of a thousand where those are mostly of the lease, each object that is not listed as recorded by itself.
 
         Raises:
             DriverUnavailable: the store did not answer.
@@ -249,6 +253,8 @@ class S3Driver:
             full = len(objects) <= 4 * SAMPLE or not seen or any(found.state != "ours" for found in seen.values())
             if full:
                 rest = [o for o in objects if o.key not in seen]
+                seen |= _listed(client, place["bucket"], lease, rest)
+                rest = [o for o in rest if o.key not in seen]
                 seen |= {o.key: found for o, found in _looks(client, place["bucket"], lease, rest, read=False)}
         return evidence(lease, objects, seen)
 
@@ -339,6 +345,25 @@ def _looks(
         return original, s3_objects.look(client, bucket, original, lease.id, read=read)
 
     return in_parallel(one, objects, len(objects), no_step)
+
+
+def _listed(client: Any, bucket: str, lease: Lease, objects: Sequence[Original]) -> dict[str, Look]:
+    """Those of many objects that a list shows as recorded: a thousand in one request, not one."""
+    if len(objects) <= 4 * SAMPLE or lease.undo["matched"] > _WORTH_LISTING * len(objects):
+        return {}
+    recorded = {o.key: o for o in objects}
+    versioned = bool(objects[0].version)
+    name, entries = ("list_object_versions", "Versions") if versioned else ("list_objects_v2", "Contents")
+    pages = client.get_paginator(name).paginate(Bucket=bucket, Prefix=lease.undo["prefix"])
+    found: dict[str, Look] = {}
+    for page in islice(pages, 1 + lease.undo["matched"] * 2 // 1000):  # others may have made any number meanwhile
+        for entry in page.get(entries, []):
+            original = recorded.get(entry["Key"])
+            if original is None or not entry.get("IsLatest", True) or entry["ETag"] != original.etag:
+                continue
+            if entry.get("VersionId", "") == original.version:
+                found[original.key] = Look("same", version=original.version or "null")
+    return found
 
 
 @contextlib.contextmanager

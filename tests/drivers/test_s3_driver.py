@@ -29,7 +29,7 @@ from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
 from mlchaos_dagster.domain.environment import S3Location, Target
-from mlchaos_dagster.drivers import s3_client, s3_evidence, s3_objects
+from mlchaos_dagster.drivers import s3, s3_client, s3_evidence, s3_objects
 from mlchaos_dagster.drivers.s3 import S3Driver
 from mlchaos_dagster.drivers.s3_damage import damaged
 from mlchaos_dagster.engine.ports import Lease, Owner, no_step
@@ -518,6 +518,32 @@ def test_a_request_without_an_answer_fails_the_injection_and_keeps_the_injection
     unhook()
     store.driver().recover(lease)
     assert store.snapshot() == before
+
+
+@pytest.mark.parametrize("versioning", ["Enabled", None])
+def test_many_clean_objects_are_looked_at_in_lists_and_what_is_not_clean_is_found(
+    store: Store, versioning: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "SAMPLE", 3)
+    store.create(versioning)
+    store.fill(20)
+    lease, heads = store.lease(fraction=1.0), list[str]()
+    hook("before-send.s3.HeadObject", lambda request, **_: heads.append(request.url))
+    seen = store.driver().active(lease)
+    assert seen.lines[0].startswith("20 of 20 objects")
+    assert not heads, "twenty requests where one tells as much"
+    store.driver().inject(lease)
+    ours, theirs = touched(lease)[1], touched(lease)[2]  # neither is in the sample
+    for entry in lease.undo["objects"]:
+        if entry["key"] != ours:
+            s3_objects.restore(store.client, store.bucket, s3_objects.Original(**entry), lease.id)
+    store.put(theirs, b"newer, by somebody else")
+    seen = store.driver().active(lease)
+    assert seen.present
+    assert seen.lines[0].startswith("1 of 20 objects")
+    assert "1 written by others meanwhile, kept" in seen.lines
+    store.driver().recover(lease)
+    assert not store.driver().active(lease).present
 
 
 # ---- choosing and refusing
