@@ -137,9 +137,9 @@ class Expectation(Model):
     signal: str | None = None
     sli: str | None = None
     drops: Literal[True] | None = None
-    """During the window it was lower than ever in the baseline, by more than three of its standard deviations then."""
+    """During the window it was lower than ever in the baseline, by more than three standard deviations of its noise."""
     rises: Literal[True] | None = None
-    """During the window it was higher than ever in the baseline, by more than three of its standard deviations then."""
+    """During the window it was higher than ever in the baseline, by more than three standard deviations of its noise."""
     reaches: Threshold | None = None
     """During the window it was at least this (for `breaker_state`: 1 half-open, 2 open)."""
     stays: Threshold | None = None

@@ -7,7 +7,8 @@ What was not seen is INCONCLUSIVE, never a pass; what was seen to break is DEVIA
 
 from __future__ import annotations
 
-import statistics
+import math
+from collections.abc import Sequence
 
 from mlchaos_dagster.domain.environment import VALUE_MEASURES
 from mlchaos_dagster.domain.outcome import Outcome
@@ -255,7 +256,7 @@ def _expectation(
     if not during or not before:
         return ExpectationResult(expected=words, seen=None, saw=f"{expected.signal} was not measured")
     low, high = min(during), max(during)
-    noise = _NOISE * statistics.pstdev(before)
+    noise = _NOISE * _jitter(before)
     saw = f"{expected.signal} was {_range(before)} before and {_range(during)} during the fault"
     if expected.drops:
         seen = low < min(before) - noise
@@ -269,6 +270,15 @@ def _expectation(
         assert expected.stays is not None
         seen = low == high == expected.stays.value
     return ExpectationResult(expected=words, seen=seen, saw=saw)
+
+
+def _jitter(values: Sequence[float]) -> float:
+    """Standard deviation of the noise in a series, from its successive differences (von Neumann 1941).
+
+    Unlike the standard deviation it is small for what only grows or falls, such as an age.
+    """
+    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    return math.sqrt(sum(step * step for step in steps) / (2 * len(steps))) if steps else 0.0
 
 
 def _expected_sli(expected: Expectation, words: str, result: SliResult | None) -> ExpectationResult:

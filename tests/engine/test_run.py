@@ -282,3 +282,9 @@ def test_noise_is_no_effect(tmp_path: Path) -> None:
         Expectation(signal="noise", rises=True), record.model_copy(update=spans), Samples([], risen), {}
     )
     assert found.seen
+    ages = [SignalSample(0.05 * k, "age", (0.05 * k) % 12.0) for k in range(460)]  # it is renewed in the window
+    found = _expectation(Expectation(signal="age", drops=True), record.model_copy(update=spans), Samples([], ages), {})
+    assert not found.seen, "it was as young at the start"
+    older = [s._replace(value=s.value + 3) if s.t < 12 else s for s in ages]
+    found = _expectation(Expectation(signal="age", drops=True), record.model_copy(update=spans), Samples([], older), {})
+    assert found.seen
