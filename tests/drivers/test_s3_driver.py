@@ -466,7 +466,7 @@ def test_a_request_of_the_dead_that_comes_late_is_taken_back_too(store: Store, m
     assert not clock.due, "it stopped looking while the store could still carry a request out"
     assert store.snapshot() == before
     assert store.versions() == 5
-    assert max(b - a for a, b in itertools.pairwise(stepped)) <= 0.5
+    assert max(b - a for a, b in itertools.pairwise(stepped)) <= 0.25
     waited = clock.slept
     store.driver().recover(lease)
     assert waited == clock.slept, "the time since the injection last sent is over"
