@@ -91,8 +91,8 @@ class S3Driver:
         prefix = s3_choice.joined(place["prefix"], params.get("prefix", ""))
         bucket, how = place["bucket"], str(params.get("how", "random_bytes"))
         with told(DriverUnavailable, place, driver=NAME, verb="undo"), s3_client.opened(place) as client:
-            versioned = s3_choice.keeps_versions(client, bucket)
-            s3_choice.refuse_unfit(client, bucket)
+            versioned = beside(lambda: s3_choice.keeps_versions(client, bucket), step)
+            beside(lambda: s3_choice.refuse_unfit(client, bucket), step)
             there = s3_choice.listed(client, bucket, prefix, target.select, len(place["prefix"]), step)
             chosen, others = s3_choice.chosen(there, float(params["fraction"]))
             if not chosen:
@@ -173,7 +173,7 @@ class S3Driver:
             step(done, total)
 
         with told(DriverUnavailable, place, **where), s3_client.opened(place) as client:
-            client.head_bucket(Bucket=bucket)
+            beside(lambda: client.head_bucket(Bucket=bucket), step)
             s3_client.tell_unanswered(client, lambda: unanswered.append(""))
             if not notes.armed:
                 raise InjectFailed("the lease was recovered already", **where)

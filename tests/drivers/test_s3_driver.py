@@ -824,6 +824,28 @@ def test_what_is_in_flight_ends_before_an_error_comes_out() -> None:
     assert ended.is_set()
 
 
+@pytest.mark.parametrize("hangs", ["GetBucketVersioning", "HeadBucket"])
+def test_a_store_that_hangs_at_the_first_request_does_not_silence_the_owner(
+    store: Store, hangs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "STEP_S", 0.02)
+    store.create()
+    store.fill(2)
+    lease, calls, released, in_time = store.lease(), itertools.count(1), threading.Event(), list[bool]()
+    hook(f"before-send.s3.{hangs}", lambda **_: in_time.append(released.wait(5)))
+
+    def step(done: int, total: int) -> None:
+        if next(calls) > 3:
+            released.set()
+
+    if hangs == "HeadBucket":
+        store.driver().inject(lease, step)
+    else:
+        backup = store.tmp / "another"
+        store.driver().undo(KIND, lease.targets, lease.params, target=store.target(), backup=backup, step=step)
+    assert in_time == [True]
+
+
 @pytest.mark.parametrize("how", ["random_bytes", "truncate", "bit_flip"])
 @pytest.mark.parametrize("size", [1, 5, 1250, 300_000])
 def test_damage_always_changes_the_content(how: str, size: int) -> None:
