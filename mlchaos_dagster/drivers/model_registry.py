@@ -155,9 +155,9 @@ def active(lease: Lease) -> Evidence:
         now = _json(_get(client, bucket, pointer.key)).get("version") if look.state != "gone" else None
     lines = [f"s3://{bucket}/{pointer.key}: promoted is version {now}, before it was {lease.undo['before']}"]
     if look.state == "ours":
-        lines.append(f"the bad version {bad} is promoted")
+        lines.insert(0, f"the bad version {bad} is promoted")
     elif look.present:
-        lines.append(f"the bad version {bad} was promoted; somebody took it back since")
+        lines.insert(0, f"the bad version {bad} was promoted; somebody took it back since")
     elif look.state == "same":
         lines.append(f"version id {pointer.version[:12]}… and SHA-256 {pointer.sha256[:12]}… as before")
     else:
