@@ -269,7 +269,7 @@ def test_an_isolated_replica_is_cut_off_runs_on_and_comes_back(edge: Platform) -
     assert edge.client.gateway_state()["isolated"] == ["inference-1"] and edge.ask(401).status == 503
     eventually(lambda: edge.client.signals()["isolated_replicas"] == 1)
     os.kill(edge.process("proxy-inference")["pid"], 9)  # a network that comes back does not let it back
-    eventually(lambda: any(fault["evidence"][0].startswith("proxy gateway->") for fault in edge.client.faults()))
+    eventually(lambda: any(f["evidence"][0].startswith("proxy gateway->") for f in edge.client.status()["faults"]))
     edge.client.remove_fault(lease)
     assert edge.client.faults() == [] and edge.client.link_status("gateway->inference-1") == 200
     assert edge.client.gateway_state()["isolated"] == [] and eventually(lambda: edge.ask().status == 200)
