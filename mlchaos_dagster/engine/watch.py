@@ -160,13 +160,11 @@ class Watch:
         self.signals += signals
         self.live.add(requests, signals)
         on_time = self.environment.sampling.max_lateness
-        seen = max(
-            (r.done_s for r in requests if r.status != STATUS_UNSENT and r.sent_s - r.due_s <= on_time), default=None
-        )
-        if seen is not None:
-            if seen - self._last_seen > self.environment.sampling.blind_for:
-                self.gaps.append(Span(start=self._last_seen, end=seen))
-            self._last_seen = max(self._last_seen, seen)
+        # Moment by moment: that we looked late does not mean that nothing was measured meanwhile.
+        for done in sorted(r.done_s for r in requests if r.status != STATUS_UNSENT and r.sent_s - r.due_s <= on_time):
+            if done - self._last_seen > self.environment.sampling.blind_for:
+                self.gaps.append(Span(start=self._last_seen, end=done))
+            self._last_seen = max(self._last_seen, done)
 
     def stop_asked(self, t: float) -> AbortFacts | None:
         """Somebody's word, if it was given."""

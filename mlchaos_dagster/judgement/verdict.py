@@ -165,9 +165,9 @@ def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:
         )
     if n < sampling.min_samples:
         reasons.append(f"{n} requests were measured during the fault; at least {sampling.min_samples} are needed.")
-    gaps = [g for g in samples.gaps if g.end > during.span.start and g.start < during.span.end]
-    if gaps:
-        reasons.append(f"Nothing was measured for {show_duration(max(g.length for g in gaps))} of the window.")
+    inside = [min(g.end, during.span.end) - max(g.start, during.span.start) for g in samples.gaps]
+    if (longest := max(inside, default=0.0)) > sampling.blind_for:
+        reasons.append(f"Nothing was measured for {show_duration(longest)} of the window.")
     return reasons
 
 

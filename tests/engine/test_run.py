@@ -288,3 +288,14 @@ def test_noise_is_no_effect(tmp_path: Path) -> None:
     older = [s._replace(value=s.value + 3) if s.t < 12 else s for s in ages]
     found = _expectation(Expectation(signal="age", drops=True), record.model_copy(update=spans), Samples([], older), {})
     assert found.seen
+
+
+def test_who_looks_late_has_not_measured_nothing(tmp_path: Path) -> None:
+    """The probe goes on while this process does something else for 6 s."""
+    world = World()
+    run = build(tmp_path, world)
+    world.at[world.clock.t + 15] = lambda w: w.clock.sleep(6)
+    record = run_experiment(run)
+    verdict = judge(record, run.samples)
+    assert not run.samples.gaps
+    assert verdict.outcome is Outcome.HELD, verdict.reasons
