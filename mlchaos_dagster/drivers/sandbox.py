@@ -106,6 +106,8 @@ class SandboxDriver:
             trips = _round_trips(self.directory, targets, _ALIVE_S)
             found["links"] = {link: trip.seconds for link, trip in trips.items() if trip.answered}
         else:
+            if kind in HANDLERS:
+                self._refuse_unfit(kind, targets)
             children = state["children"]
             alive = {name for name in targets if name in children and _lives(children[name])}
             found["processes"] = {name: children[name] for name in targets if name in alive}
@@ -211,6 +213,16 @@ class SandboxDriver:
             lines.append(f"still there: {_people(burners)}" if burners else "no burner of it is among the processes")
             lines += _extra_replicas(directory)
         return Evidence(present=bool(mine or burners), effective=seen >= set(lease.targets), lines=tuple(lines))
+
+    def _refuse_unfit(self, kind: str, targets: tuple[str, ...]) -> None:
+        """Before anything is written: a kind may be meant for some processes only. Raises DriverError."""
+        try:
+            fit = api.SandboxClient(self.directory).fault_targets(kind)
+        except api.SandboxError as error:
+            raise DriverUnavailable(str(error), driver=NAME, verb="undo") from error
+        if unfit := [name for name in targets if name not in fit]:
+            said = f"{kind} cannot be put on {', '.join(unfit)}. Allowed: {', '.join(fit) or 'nothing that is up'}"
+            raise DriverError(said, driver=NAME, verb="undo")
 
     def _status(self, verb: str) -> dict[str, Any]:
         try:

@@ -77,6 +77,10 @@ class SandboxClient:
         # Killing and confirming may take its time; two seconds of silence is still the bound.
         return self._call("POST", "/faults", body)
 
+    def fault_targets(self, kind: str) -> list[str]:
+        """The processes that a kind with a handler of its own can be put on now."""
+        return self._call("GET", f"/targets?kind={quote(kind)}")["targets"]
+
     def remove_fault(self, lease_id: str) -> dict[str, Any]:
         """Take away everything of a lease and fence it for ever; safe to repeat, and for unknown leases."""
         return self._call("DELETE", f"/faults/{quote(lease_id, safe='')}")

@@ -75,6 +75,9 @@ def _routes(app: web.Application, supervisor: Supervisor) -> None:
     async def faults(request: web.Request) -> Any:
         return await supervisor.book.present()
 
+    async def targets(request: web.Request) -> Any:
+        return {"targets": supervisor.book.targets(request.query.get("kind", ""))}
+
     async def scale(request: web.Request) -> Any:
         body = await _json(request)
         replicas = body.get("replicas") if isinstance(body, dict) else None
@@ -113,6 +116,7 @@ def _routes(app: web.Application, supervisor: Supervisor) -> None:
         ("POST", "/faults", add_fault),
         ("DELETE", "/faults/{lease_id}", remove_fault),
         ("GET", "/faults", faults),
+        ("GET", "/targets", targets),
         ("PUT", "/scale", scale),
         ("PUT", "/parts", parts),
         ("GET", "/requests", requests),

@@ -146,6 +146,12 @@ class FaultBook:
                     found.append(stray.to_dict(effective=not slot.running, evidence=[f"{slot.name} is held down"]))
         return {"faults": found, "unanswered": sorted(unanswered)}
 
+    def targets(self, kind: str) -> list[str]:
+        """What a kind that has a handler can be put on now. Raises Refused: 400, it has none."""
+        if kind not in HANDLERS:
+            raise Refused(400, f"{kind!r} has no handler; allowed: {', '.join(HANDLERS)}")
+        return sorted(self._handler(kind).targets())
+
     def _proxy_of(self, link: str) -> str:
         return self._links().get(link, "")
 

@@ -158,6 +158,13 @@ def test_a_target_that_is_not_there_or_does_not_fit_is_refused_before_the_lease(
     assert not isinstance(caught.value, DriverUnavailable)
 
 
+@pytest.mark.parametrize("kind", ["model_chaos", "memory_stress", "queue_overflow"])
+def test_a_kind_that_is_meant_for_others_is_refused_before_the_lease(driver: SandboxDriver, kind: str) -> None:
+    with pytest.raises(DriverError, match=f"{kind} cannot be put on gateway. Allowed: ") as caught:
+        driver.undo(kind, ("gateway",), {})
+    assert not isinstance(caught.value, DriverUnavailable)
+
+
 def test_a_lease_on_a_link_that_is_gone_closes_clean(driver: SandboxDriver) -> None:
     lease = replace(_lease(driver, "network_partition"), targets=("gateway->inference-9", "inference-1"))
     driver.recover(lease)
