@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.catalog import Catalog
-from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.environment import Environment, Sli
 from mlchaos_dagster.domain.faults import ALIASES, FAULTS
 from mlchaos_dagster.domain.spec import AbortCondition, Experiment, Objective, Suite
 from mlchaos_dagster.domain.stages import Progressive
@@ -158,11 +158,14 @@ def _faults(environment: Environment) -> str:
 
 def _environment(environment: Environment) -> str:
     targets = [(f"`{n}`", f"`{t.select}`", t.describe) for n, t in environment.targets.items()]
-    slis = [
-        (f"`{n}`", s.measure and "probe" or (s.signal and "signal") or "PromQL", s.shown_unit or "plain number")
-        for n, s in environment.slis.items()
-    ]
+    slis = [(f"`{n}`", _source(s), s.shown_unit or "plain number") for n, s in environment.slis.items()]
     return _table(("target", "selects", "what it is"), targets) + "\n" + _table(("SLI", "source", "unit"), slis)
+
+
+def _source(sli: Sli) -> str:
+    if sli.measure:
+        return "probe"
+    return ("signal" if sli.signal else "PromQL") + ("" if sli.reduce == "mean" else f" ({sli.reduce})")
 
 
 def main(arguments: list[str]) -> int:

@@ -12,8 +12,9 @@ from mlchaos_dagster.domain.spec import AbortCondition, Experiment
 from mlchaos_dagster.domain.stages import Progressive
 from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
-from mlchaos_dagster.evidence.rows import limit_text, quantity_text, shown_name
-from mlchaos_dagster.evidence.words import expectation_words
+from mlchaos_dagster.evidence.rows import limit_text, quantity_text
+from mlchaos_dagster.evidence.selection import shown_name, sli_label, spoken_slis
+from mlchaos_dagster.evidence.words import expectation_words, shortened_by
 
 
 def experiment_document(
@@ -151,7 +152,7 @@ def _window(experiment: Experiment, environment: Environment) -> str:
     if environment.scaled(experiment.duration) == experiment.duration:
         return duration
     asked = show_duration(experiment.duration)
-    return f"{duration} here (asked for {asked}; duration_scale {environment.duration_scale:g})"
+    return f"{duration} here (asked for {asked}; {shortened_by(experiment.duration, environment)})"
 
 
 def _prerequisites(experiment: Experiment, environment: Environment) -> list[str]:
@@ -207,18 +208,20 @@ def _metrics(experiment: Experiment, environment: Environment) -> list[tuple[str
     for o in experiment.steady_state:
         objectives.setdefault(o.sli, []).append(limit_text(o))
     rows: list[tuple[str, str, str]] = []
-    for name, sli in environment.slis.items():
+    for name in spoken_slis(experiment, environment):
+        sli = environment.slis[name]
         measure: str | None = sli.measure  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
         source = (
             f"probe: {measure}"
             if measure
-            else f"signal {sli.signal}"
+            else f"signal: {sli.signal}"
             if sli.signal
             else f"PromQL {markdown_code(sli.query or '')}"
         )
-        rows.append((shown_name(name), source, " and ".join(objectives.get(name, [])) or "–"))
-    rows += [(shown_name(s), "signal", "–") for s in environment.signals]
-    return rows
+        rows.append((sli_label(name, environment), source, " and ".join(objectives.get(name, [])) or "–"))
+    read = {environment.slis[n].signal for n in spoken_slis(experiment, environment)}
+    signals = dict.fromkeys(e.signal for e in experiment.expect if e.signal and e.signal not in read)
+    return rows + [(shown_name(s), f"signal: {s}", "–") for s in signals]
 
 
 def _rollback_words(environment: Environment) -> str:

@@ -15,6 +15,7 @@ from mlchaos_dagster.domain.record import RunRecord, SliResult, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.evidence import words
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
+from mlchaos_dagster.evidence.selection import measured
 
 
 def run_json(
@@ -58,7 +59,7 @@ def run_json(
             "evidence": [text(e) for e in fault.evidence] if fault else [],
             "lease_id": fault.lease_id if fault else "",
         },
-        "slis": {name: _sli(result) for name, result in verdict.slis.items()},
+        "slis": {name: _sli(result) for name, result in verdict.slis.items() if result.slo or measured(result)},
         "golden": None if verdict.golden is None else verdict.golden.model_dump(mode="json"),
         "expectations": [{"expected": e.expected, "seen": e.seen, "saw": text(e.saw)} for e in verdict.expectations],
         "guards": [

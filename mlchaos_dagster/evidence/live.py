@@ -17,7 +17,8 @@ from typing import Any, TextIO, TypeAlias
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.spec import Experiment, Objective, Quantity
 from mlchaos_dagster.domain.units import show_duration, show_value
-from mlchaos_dagster.evidence.rows import BREAKER_STATES, BROKEN, MET, limit_text, quantity_text, shown_name
+from mlchaos_dagster.evidence.rows import BREAKER_STATES, BROKEN, MET, limit_text, quantity_text
+from mlchaos_dagster.evidence.selection import shown_name
 
 Line: TypeAlias = list[tuple[str, str]]
 """Segments: text and the name of its style."""

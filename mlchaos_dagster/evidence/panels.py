@@ -22,7 +22,8 @@ from mlchaos_dagster.domain.spec import Objective
 from mlchaos_dagster.domain.units import show_latency, show_percent, show_value
 from mlchaos_dagster.evidence.layout import origin_of
 from mlchaos_dagster.evidence.palette import LIGHT
-from mlchaos_dagster.evidence.rows import BREAKER_STATES, limit_text, shown_name
+from mlchaos_dagster.evidence.rows import BREAKER_STATES, limit_text
+from mlchaos_dagster.evidence.selection import shown_name
 from mlchaos_dagster.evidence.series import (
     PATHS,
     FloatArray,

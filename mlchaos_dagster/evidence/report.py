@@ -136,7 +136,8 @@ def backlog_entry(record: RunRecord, verdict: Verdict) -> str:
     if verdict.outcome is not Outcome.DEVIATED or record.shadow:
         return ""
     first = words.explanation(record, verdict)[0]
-    mechanism = f" Look at: {record.experiment.teeth.mechanism}." if record.experiment.teeth else ""
+    suspect = words.suspect(record, verdict)
+    mechanism = f" Look at: {suspect}." if suspect else ""
     return f"{record.experiment.target}: {first}{mechanism} Owner: {record.experiment.owner}. Found by run {record.run_id}."
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mlchaos_dagster.domain.record import RunRecord, SliResult, Verdict
 from mlchaos_dagster.domain.spec import Objective, Quantity
 from mlchaos_dagster.domain.units import show_duration, show_value
+from mlchaos_dagster.evidence.selection import shown_slis, sli_label
 
 BREAKER_STATES = {0.0: "closed", 1.0: "half-open", 2.0: "open"}
 _SIGNS = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
@@ -37,13 +38,6 @@ class SliRow:
     detectable: str
     note: str
     """Why the interval is missing or not to be trusted."""
-
-
-def shown_name(name: str) -> str:
-    """`latency_p95` → `p95`, `error_rate` → `error rate`."""
-    if name.startswith("latency_p"):
-        return name.removeprefix("latency_")
-    return name.replace("_", " ")
 
 
 def quantity_text(quantity: Quantity) -> str:
@@ -87,17 +81,8 @@ def size_text(value: float, unit: str) -> str:
 
 
 def sli_rows(record: RunRecord, verdict: Verdict) -> list[SliRow]:
-    """SLIs of the verdict, those with an objective first, in the order of the spec.
-
-    Where nothing was injected, an SLI that was never measured is left out: a row of dashes says nothing.
-    """
-    order = [o.sli for o in record.experiment.steady_state]
-    names = sorted(verdict.slis, key=lambda n: order.index(n) if n in order else len(order))
-    return [_row(record, verdict, name) for name in names if record.window or _measured(verdict.slis[name])]
-
-
-def _measured(result: SliResult) -> bool:
-    return any(v is not None for v in (result.baseline, result.during, result.after))
+    """One row for every SLI that is shown, in that order."""
+    return [_row(record, verdict, name) for name in shown_slis(record, verdict)]
 
 
 def _row(record: RunRecord, verdict: Verdict, name: str) -> SliRow:
@@ -108,7 +93,7 @@ def _row(record: RunRecord, verdict: Verdict, name: str) -> SliRow:
     mark = "" if not slo else {True: MET, False: BROKEN, None: UNKNOWN}[result.met]
     finite = result.detectable is not None and math.isfinite(result.detectable)
     return SliRow(
-        name=shown_name(name),
+        name=sli_label(name, record.environment),
         before=show_value(result.baseline, result.unit),
         during=show_value(result.during, result.unit),
         after=show_value(result.after, result.unit),

@@ -14,6 +14,7 @@ from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import RunRecord, Verdict
 from mlchaos_dagster.domain.units import show_duration
 from mlchaos_dagster.evidence import words
+from mlchaos_dagster.evidence.expected import expectation_values
 from mlchaos_dagster.evidence.live import LiveView, PlainProgress
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
 from mlchaos_dagster.evidence.rows import BROKEN, MET, SliRow, sli_rows
@@ -139,6 +140,9 @@ def _table(record: RunRecord, verdict: Verdict, width: int) -> list[list[Segment
     kept = verdict.model_copy(update={"slis": {n: r for n, r in verdict.slis.items() if n in wanted}})
     rows = sli_rows(record, kept)
     lines, grid = _sli_table(rows, width) if rows else ([], _Grid())
+    for i, (expected, values, seen) in enumerate(expectation_values(record, verdict)):
+        mark = {True: MET, False: BROKEN, None: "?"}[seen]
+        lines += _fact("" if i else "must be seen", f"{expected}: {values}", width, grid, mark=mark)
     recovery = words.recovery_line(verdict)
     if recovery:
         limit = f"≤ {show_duration(verdict.recovery.within_s)}" if verdict.recovery.within_s else ""

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from datetime import datetime, timezone
 
+from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import RunRecord, Verdict
 from mlchaos_dagster.domain.units import show_duration, show_percent
-from mlchaos_dagster.evidence.rows import BREAKER_STATES, shown_name, size_text
+from mlchaos_dagster.evidence.expected import expectation_words
+from mlchaos_dagster.evidence.rows import size_text
+from mlchaos_dagster.evidence.selection import shown_name, shown_slis
 from mlchaos_dagster.judgement.golden import table_words, wrong_words
 
 GLYPHS = {
@@ -24,6 +27,8 @@ GLYPHS = {
     Outcome.UNCLEAN: "‼",
     Outcome.ERROR: "!",
 }
+_NO_INTERVAL = "a signal has no interval"
+"""As the judgement says it of each."""
 PARTS = ("detect", "reschedule", "ready", "steady")
 
 
@@ -102,9 +107,18 @@ def detectable_lines(record: RunRecord, verdict: Verdict) -> list[str]:
 def measurement_notes(record: RunRecord, verdict: Verdict) -> list[str]:
     """What a careful reader must know about the numbers: late requests, intervals not to be trusted, scaling."""
     notes: list[str] = []
-    for name, result in verdict.slis.items():
-        if result.why and result.effect is not None:
-            notes.append(f"{shown_name(name)}: {result.why}")
+    no_interval = False
+    for name in shown_slis(record, verdict):
+        result = verdict.slis[name]
+        if result.effect is None:
+            continue
+        # The same of every signal: said once, behind what is particular.
+        particular = [w for w in result.why.split("; ") if w and w != _NO_INTERVAL]
+        no_interval |= _NO_INTERVAL in result.why
+        if particular:
+            notes.append(f"{shown_name(name)}: {'; '.join(particular)}")
+    if no_interval:
+        notes.append("Signals have no interval: they are read, not sampled")
     if verdict.golden is not None:
         notes.append(table_words(verdict.golden, record.environment.probe))
         if verdict.golden.wrong:
@@ -117,26 +131,35 @@ def measurement_notes(record: RunRecord, verdict: Verdict) -> list[str]:
     if record.window is not None and record.window_s and record.window_s < asked - 1e-6:
         notes.append(
             f"The window was shortened here from {show_duration(asked)} to {show_duration(record.window_s)} "
-            f"(duration_scale {record.environment.duration_scale:g})"
+            f"({shortened_by(asked, record.environment)})"
         )
     return list(dict.fromkeys(notes))
 
 
-def expectation_words(text: str) -> str:
-    """An expectation with the breaker's states by name: `breaker_state reaches 2` → `… reaches open`."""
-    if "breaker_state" not in text:
-        return text
-
-    def name(match: re.Match[str]) -> str:
-        return f"{match[1]}{BREAKER_STATES.get(float(match[2]), match[2])}"
-
-    return re.sub(r"(\b(?:reaches|stays at|was|to|and) )([012])(?![\d.%])", name, text)
+def shortened_by(duration_s: float, environment: Environment) -> str:
+    """The setting that a shortened window owes its length to: the scale, or the least length it was lifted to."""
+    if duration_s * environment.duration_scale < environment.duration_min:
+        return f"duration_min {show_duration(environment.duration_min)}"
+    return f"duration_scale {environment.duration_scale:g}"
 
 
 def in_words(sentence: str) -> str:
     """A sentence of the judgement for people: states by name, a full stop at the end."""
     sentence = expectation_words(sentence.strip())
     return sentence if not sentence or sentence[-1] in ".!?:" else sentence + "."
+
+
+def suspect(record: RunRecord, verdict: Verdict) -> str:
+    """The mechanism that the experiment validates, if what broke is what its absence breaks; else empty."""
+    teeth = record.experiment.teeth
+    if teeth is None:
+        return ""
+    broken = {name for name, result in verdict.slis.items() if result.met is False}
+    subjects = {str(e): e.subject for e in record.experiment.expect}
+    broken |= {subjects.get(e.expected, "") for e in verdict.expectations if e.seen is False}
+    if verdict.recovery.met is False:
+        broken.add("recovery")
+    return teeth.mechanism if teeth.breaks in broken else ""
 
 
 def injected(record: RunRecord) -> bool:
@@ -248,8 +271,7 @@ def _deviated(record: RunRecord, verdict: Verdict, said: list[str]) -> None:
             _add(said, f"Expected and not seen: {e.expected}; {e.saw}")
     if not said:
         _add(said, "A promise broke")
-    if record.experiment.teeth is not None:
-        mechanism = record.experiment.teeth.mechanism
+    if mechanism := suspect(record, verdict):
         _add(said, f"This experiment validates the mechanism “{mechanism}”: look there first")
 
 

@@ -19,6 +19,7 @@ from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import GuardResult, RunRecord, SliResult, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
+from mlchaos_dagster.evidence.selection import shown_slis, sli_label
 from mlchaos_dagster.orchestration.keys import outcome_word, python_name
 
 Row = dict[str, Any]
@@ -146,11 +147,11 @@ def promise_table(verdict: Verdict) -> dg.TableMetadataValue | None:
     )
 
 
-def sli_table(verdict: Verdict) -> dg.TableMetadataValue | None:
-    """Before, during, after and effect of every SLI, as people read them."""
+def sli_table(record: RunRecord, verdict: Verdict) -> dg.TableMetadataValue | None:
+    """Before, during, after and effect of every SLI that is shown, as people read them."""
     return table(
         {
-            "SLI": name,
+            "SLI": sli_label(name, record.environment),
             "before": show_value(s.baseline, s.unit),
             "during": show_value(s.during, s.unit),
             "after": show_value(s.after, s.unit),
@@ -159,7 +160,7 @@ def sli_table(verdict: Verdict) -> dg.TableMetadataValue | None:
             "met": {True: "✔", False: "✘", None: "–"}[s.met],
             "samples": s.samples,
         }
-        for name, s in verdict.slis.items()
+        for name, s in ((n, verdict.slis[n]) for n in shown_slis(record, verdict))
     )
 
 
@@ -204,7 +205,7 @@ def chaos_metadata(record: RunRecord, verdict: Verdict, picture: str) -> Metadat
     return without_nothing(
         {
             "picture": dg.MetadataValue.md(picture) if picture else None,
-            "slis": sli_table(verdict),
+            "slis": sli_table(record, verdict),
             "fault": f"{fault.kind} by {fault.backend} on {', '.join(fault.targets)}" if fault else None,
             "fault_confirmed": dg.MetadataValue.bool(fault.confirmed) if fault else None,
             "fault_evidence": dg.MetadataValue.md(_list(fault.evidence)) if fault and fault.evidence else None,
