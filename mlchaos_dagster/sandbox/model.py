@@ -45,8 +45,8 @@ def train(directory: Path, seed: int) -> str:
     )
     directory.mkdir(parents=True, exist_ok=True)
     card = card_of(artifact, rows[:_GOLDEN_ROWS].tolist())
-    replace(directory / "model.json", json.dumps(card).encode())
     replace(directory / "model.bin", artifact)
+    replace(directory / "model.json", json.dumps(card).encode())  # last: who sees it finds what it speaks of
     return card["sha256"]
 
 
