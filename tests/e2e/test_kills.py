@@ -14,8 +14,8 @@ import pytest
 from benchmarks.kills import FAULTS, VICTIMS, Trial, jobs_for, lane
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
-KILLS = 10
-KINDS = 3
+KILLS = 6
+KINDS = 2
 LANES = 2
 
 
