@@ -57,7 +57,10 @@ def _freeze(environment: dict) -> None:
 def _unclean(environment: dict) -> None:
     environment["safety"] |= {"recover_timeout": "4s"}
     # The supervisor's silence must not end the run before the window does.
-    environment["signals"] = ["ready_replicas", "running_replicas", "restarts", "breaker_state"]
+    signals = ["ready_replicas", "running_replicas", "restarts", "breaker_state"]
+    environment["signals"] = signals
+    slis = environment["slis"].items()
+    environment["slis"] = {name: sli for name, sli in slis if sli.get("signal", signals[0]) in signals}
 
 
 WAYS = {
