@@ -277,6 +277,9 @@ class Observer:
 
     def fault_seen(self) -> bool:
         """Whether a fault is on, by the truth log, in a file or in the store."""
-        if self.live_faults() or self.damaged_files() or self.damaged_features() or self.damaged_databases():
+        if self.live_faults():
+            return True
+        damaged = self.damaged_files() + self.damaged_features() + self.damaged_databases()
+        if any("does not say" not in line for line in damaged):  # what is being created says nothing yet
             return True
         return bool(self.marked_objects())
