@@ -79,13 +79,17 @@ class PrometheusProbe:
             ProbeError: no answer in time, a refused query, or not exactly one series.
             ConfigError: the client library is missing.
         """
-        params = {"timeout": f"{self.config.timeout_s:g}s"}
+        params = {"timeout": self._timeout()}
         if at_wall_s is not None:
             params["time"] = f"{at_wall_s:.3f}"
         result = self._ask(query, lambda client: client.custom_query(query=query, params=params))
         if result and not isinstance(result[0], Mapping):  # a scalar, such as `scalar(x)`: [time, value]
             return _reading(query, result)
         return _reading(query, _only_series(query, result).get("value"))
+
+    def _timeout(self) -> str:
+        """In whole milliseconds: Prometheus knows no fractions of a unit."""
+        return f"{max(1, round(self.config.timeout_s * 1000))}ms"
 
     def range(self, query: str, start_wall_s: float, end_wall_s: float, step_s: float) -> list[Reading]:
         """The one series of `query` from start to end (seconds since the epoch), both included, every `step_s`.
@@ -103,7 +107,7 @@ class PrometheusProbe:
         params = {
             "start": f"{start_wall_s:.3f}",
             "end": f"{end_wall_s:.3f}",
-            "timeout": f"{self.config.timeout_s:g}s",
+            "timeout": self._timeout(),
         }
         start = datetime.fromtimestamp(start_wall_s, timezone.utc)
         end = datetime.fromtimestamp(end_wall_s, timezone.utc)

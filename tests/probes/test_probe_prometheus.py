@@ -106,10 +106,25 @@ def test_range_keeps_fractions_of_seconds_and_leaves_gaps_out(probe: PrometheusP
 
 
 @needs_prometheus
+def threads(pid: int) -> list[Path]:
+    """The state of each thread of a process."""
+    return list(Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
+def test_a_fraction_of_a_second_is_a_time_limit_like_any_other(real: RealPrometheus) -> None:
+    with PrometheusProbe(PrometheusConfig(real.url, timeout_s=0.75)) as probe:
+        assert probe.instant("vector(1)")
+
+
 def test_a_hung_prometheus_costs_one_deadline(real: RealPrometheus) -> None:
     with PrometheusProbe(PrometheusConfig(real.url, timeout_s=0.3)) as probe:
         os.kill(real.pid, signal.SIGSTOP)
         try:
+            # Its threads stop one by one; the last may still answer.
+            until = time.monotonic() + 5
+            while not all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads(real.pid)):
+                assert time.monotonic() < until
+                time.sleep(0.001)
             begin = time.monotonic()
             with pytest.raises(ProbeError, match=r"no answer within 0\.3 s"):
                 probe.instant("vector(1)")
