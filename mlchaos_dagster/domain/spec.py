@@ -137,9 +137,11 @@ class Expectation(Model):
     signal: str | None = None
     sli: str | None = None
     drops: Literal[True] | None = None
-    """During the window it was lower than ever in the baseline, by more than three standard deviations of its noise."""
+    """During the window it was lower than ever in the baseline, by more than three standard deviations of its noise; or half of
+    the window lower than 95 % of the baseline."""
     rises: Literal[True] | None = None
-    """During the window it was higher than ever in the baseline, by more than three standard deviations of its noise."""
+    """During the window it was higher than ever in the baseline, by more than three standard deviations of its noise; or half of
+    the window higher than 95 % of the baseline."""
     reaches: Threshold | None = None
     """During the window it was at least this (for `breaker_state`: 1 half-open, 2 open)."""
     stays: Threshold | None = None

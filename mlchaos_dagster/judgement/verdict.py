@@ -8,6 +8,7 @@ What was not seen is INCONCLUSIVE, never a pass; what was seen to break is DEVIA
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from mlchaos_dagster.domain.environment import VALUE_MEASURES
@@ -259,9 +260,9 @@ def _expectation(
     noise = _NOISE * _jitter(before)
     saw = f"{expected.signal} was {_range(before)} before and {_range(during)} during the fault"
     if expected.drops:
-        seen = low < min(before) - noise
+        seen = low < min(before) - noise or _lasting([-v for v in before], [-v for v in during])
     elif expected.rises:
-        seen = high > max(before) + noise
+        seen = high > max(before) + noise or _lasting(before, during)
     elif expected.reaches is not None:
         if max(before) >= expected.reaches.value:
             return ExpectationResult(expected=words, seen=None, saw=f"{saw}: it was there without the fault")
@@ -270,6 +271,16 @@ def _expectation(
         assert expected.stays is not None
         seen = low == high == expected.stays.value
     return ExpectationResult(expected=words, seen=seen, saw=saw)
+
+
+def _lasting(before: Sequence[float], during: Sequence[float]) -> bool:
+    """Whether half of the window is above 95 % of the baseline, and above where the baseline ended.
+
+    Half of a window is no chance, and no single spike of the baseline hides it; what a counter did just before the window
+    is not the window's doing.
+    """
+    middle = statistics.median(during)
+    return middle > sorted(before)[min(len(before) - 1, int(0.95 * len(before)))] and middle > max(before[-3:])
 
 
 def _jitter(values: Sequence[float]) -> float:

@@ -285,6 +285,16 @@ def test_noise_is_no_effect(tmp_path: Path) -> None:
     ages = [SignalSample(0.05 * k, "age", (0.05 * k) % 12.0) for k in range(460)]  # it is renewed in the window
     found = _expectation(Expectation(signal="age", drops=True), record.model_copy(update=spans), Samples([], ages), {})
     assert not found.seen, "it was as young at the start"
+    spiky = [SignalSample(s.t, "noise", 9.0 if s.t == 4.0 else 0.1 + 0.1 * (s.t > 8)) for s in noise]
+    found = _expectation(
+        Expectation(signal="noise", rises=True), record.model_copy(update=spans), Samples([], spiky), {}
+    )
+    assert found.seen, "one spike in the baseline does not hide what lasted"
+    counter = [s._replace(value=float(s.t > 7.8)) for s in noise]
+    found = _expectation(
+        Expectation(signal="noise", rises=True), record.model_copy(update=spans), Samples([], counter), {}
+    )
+    assert not found.seen, "it rose before the window"
     older = [s._replace(value=s.value + 3) if s.t < 12 else s for s in ages]
     found = _expectation(Expectation(signal="age", drops=True), record.model_copy(update=spans), Samples([], older), {})
     assert found.seen
