@@ -22,7 +22,7 @@ from mlchaos_dagster.engine.active import RECOVERY
 from mlchaos_dagster.engine.degradation import Degradation
 from mlchaos_dagster.engine.ports import Lease, Step
 from mlchaos_dagster.engine.watch import Tracker
-from mlchaos_dagster.errors import DriverError, Halted, LeaseRefused, MlChaosError, StoreError
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, LeaseRefused, MlChaosError, StoreError
 from mlchaos_dagster.judgement.measures import Phase, steady
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ def _write_lease(run: Run) -> Lease | None:
             owner=kit.owner,
         )
         return kit.ledger.open(lease)
-    except Halted:
-        pass  # `run.abort` says why
+    except Halted as e:
+        assert run.abort is not None
+        run.incident("abort", f"before the fault: {e}", cause=run.abort.cause)
     except LeaseRefused as e:
         run.refuse("target free", str(e))
     except StoreError as e:
@@ -142,9 +143,11 @@ def _watchful(
             run.tell("progress", {"what": what, "done": done, "total": total})
         if not stoppable:
             return
-        run.abort = run.abort or run.watch.wants_out(t, trackers, run.watcher)
-        if run.abort is not None:
-            _mark_breach(run, run.abort)
+        if run.abort is None:
+            run.abort = run.watch.wants_out(t, trackers, run.watcher)
+            if run.abort is not None:
+                _mark_breach(run, run.abort)
+        if run.abort is not None:  # also when a driver steps on while its last requests end
             raise Halted(run.abort.reason)
 
     return step
@@ -316,7 +319,7 @@ def _take_away(run: Run, lease: Lease) -> None:
     while True:
         try:
             kit.driver.recover(lease, step)
-            evidence = _read_back(run, lease, step)
+            evidence = _read_back(run, lease, step, end)
             said = "; ".join(evidence.lines)
         except Exception as e:  # noqa: BLE001  a crashing driver is one failed attempt, not the end of the recovery
             said = str(e) if isinstance(e, DriverError) else f"{type(e).__name__}: {e}"
@@ -356,12 +359,15 @@ def _renew(run: Run, lease: Lease) -> None:
         pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
 
 
-def _read_back(run: Run, lease: Lease, step: Step) -> Evidence:
+def _read_back(run: Run, lease: Lease, step: Step, end: float) -> Evidence:
     """What the target says, while measurements and renewals go on: to read it may take seconds."""
     if run.kit.background is None:
         return run.kit.driver.active(lease)
     poll = run.kit.background(lambda: run.kit.driver.active(lease))
+    end = max(end, run.kit.clock.monotonic() + LAST_LOOK_S)
     while not (found := poll())[0]:
+        if run.kit.clock.monotonic() >= end:  # a target that never answers must not keep UNCLEAN from being told
+            raise DriverUnavailable("the target did not say in time", driver=lease.driver, verb="active")
         step(0, 0)
         run.kit.clock.sleep(0.005)
     if isinstance(found[1], Exception):

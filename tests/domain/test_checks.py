@@ -89,3 +89,12 @@ def test_a_suite_of_unknown_and_repeated_names() -> None:
         's.yaml:4:21  experiments[1]: no such experiment "goood". Did you mean "good"? Allowed: good.',
         's.yaml:4:28  experiments[2]: "good" is in the suite twice. Allowed: once.',
     ]
+
+
+def test_the_mechanisms_of_the_spec_are_those_of_the_sandbox() -> None:
+    from typing import get_args
+
+    from mlchaos_dagster.domain.spec import Mechanism
+    from mlchaos_dagster.sandbox.config import MECHANISMS
+
+    assert get_args(Mechanism) == MECHANISMS, "the sandbox may import nothing above, so the names stand twice"

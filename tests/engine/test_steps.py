@@ -57,6 +57,7 @@ def test_a_stop_in_the_middle_of_an_injection_is_heard_at_the_next_batch(tmp_pat
     assert 0 < world.batches_done["inject"] < 30
     assert judge(record, run.samples).outcome is Outcome.ABORTED
     assert record.abort is not None and record.abort.seconds is not None and record.abort.seconds < 1
+    assert [m.name for m in record.moments].count("stop_requested") == 1
     assert not world.faults and not run.kit.ledger.leases() and not backups(tmp_path)
 
 
@@ -115,3 +116,19 @@ def test_reading_back_may_take_its_time_while_the_lease_is_renewed(
     assert record.clean is not None and record.clean.proven
     gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
     assert max(gaps) < run.environment.safety.lease_ttl / 2, "the watchdog would have taken it for hung"
+
+
+def test_a_target_that_never_answers_does_not_keep_unclean_from_being_told(tmp_path: Path) -> None:
+    world = World()
+    run = build(tmp_path, world)
+    real = run.kit.driver.active
+
+    def in_the_background(read):
+        silent = bool(world.fenced)
+        return lambda: (False, None) if silent else (True, real(next(iter(world.faults.values()))))
+
+    run.kit.background = in_the_background
+    record = run_experiment(run)
+    assert record.clean is not None and not record.clean.proven
+    assert judge(record, run.samples).outcome is Outcome.UNCLEAN
+    assert run.kit.ledger.leases(), "the watchdog and the sweeper have it now"
