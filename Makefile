@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The end-to-end tests mostly wait; more workers than cores would make their probes late.
 WORKERS ?= 2
 
-.PHONY: help setup demo dev check test teeth kills outcomes bench clean
+.PHONY: help setup demo dev check test test-cluster teeth kills outcomes bench clean
 
 # What a run needs, and what its developers need: `make demo` does not wait for the second.
 RUN_STAMP := .venv/.set-up
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 help:
 	@echo "make demo   one experiment on the sandbox, from set-up to report"
-	@echo "make test   the tests           make check  lint, types, import contracts"
+	@echo "make test   the tests           make test-cluster  those that need KUBECONFIG   make check  lint, types, import contracts"
 	@echo "make dev    the Dagster UI      make bench  all measurements (teeth, kills, outcomes: one by one)"
 	@echo "make clean  stop everything, then remove .venv and .mlchaos"
 
@@ -46,8 +46,12 @@ check: setup
 	$(BIN)/pyright
 
 test: setup
-	$(BIN)/python -m pytest -m "not e2e" -n $(WORKERS) tests
+	$(BIN)/python -m pytest -m "not e2e and not cluster" -n $(WORKERS) tests
 	$(BIN)/python -m pytest -m e2e -n $(WORKERS) --dist loadfile tests
+
+# Takes any cluster: KUBECONFIG=… make test-cluster. It makes namespaces of its own and leaves nothing behind.
+test-cluster: setup
+	$(BIN)/python -m pytest -m "cluster" -n $(WORKERS) --dist loadfile --timeout 300 tests/cluster
 
 teeth: setup
 	$(BIN)/python -m benchmarks.teeth

@@ -68,6 +68,10 @@ class Home:
         """The incident log, one JSON a line."""
         return self.root / "incidents.jsonl"
 
+    def cluster(self, environment: str) -> Path:
+        """Which cluster an environment means, for the processes that clean up."""
+        return self.root / "clusters" / f"{environment}.json"
+
     def sandbox(self, environment: str) -> Path:
         """The embedded platform of one environment."""
         return self.root / "sandbox" / environment
@@ -86,6 +90,8 @@ class Settings:
     """False when `NO_COLOR` is set (no-color.org)."""
     user: str
     """Who starts runs; goes into records."""
+    kubeconfig: str = ""
+    """`KUBECONFIG`, the first file of it that exists; where an environment names none."""
 
 
 def resolved(value: str, env: Mapping[str, str] | None = None) -> str:
@@ -133,4 +139,5 @@ def load(env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Setti
         library=library,
         color=not env.get("NO_COLOR"),
         user=env.get("MLCHAOS_USER") or env.get("USER") or env.get("LOGNAME") or "",
+        kubeconfig=next((p for p in env.get("KUBECONFIG", "").split(os.pathsep) if p and Path(p).is_file()), ""),
     )

@@ -34,8 +34,10 @@ DRIVERS = {
     "gpu": "mlchaos_dagster.drivers.gpu:GpuDriver",
     "features": "mlchaos_dagster.drivers.features:FeaturesDriver",
     "database": "mlchaos_dagster.drivers.database:DatabaseDriver",
+    "kubernetes": "mlchaos_dagster.drivers.kubernetes.driver:KubernetesDriver",
 }
-"""Backend name → class. A class is built with the directory or address that its backend needs."""
+"""Backend name → class. A class is built with the directory of the sandbox, or the file that says which cluster it is."""
+_ON_CLUSTERS = frozenset({"kubernetes"})
 SANDBOX_SIGNALS = (
     "ready_replicas",
     "running_replicas",
@@ -67,7 +69,7 @@ def driver(name: str, home: Home, environment: str) -> Driver:
         raise SpecError(f'no such backend "{name}". Allowed: {", ".join(DRIVERS)}', "backends")
     module, _, attribute = DRIVERS[name].partition(":")
     build = getattr(importlib.import_module(module), attribute)
-    return cast(Driver, build(home.sandbox(environment)))
+    return cast(Driver, build(home.cluster(environment) if name in _ON_CLUSTERS else home.sandbox(environment)))
 
 
 def prepare(environment: Environment, settings: Settings, experiment: Experiment | None = None) -> None:
@@ -77,6 +79,13 @@ def prepare(environment: Environment, settings: Settings, experiment: Experiment
         ConfigError: it cannot be started; says why.
     """
     check_surroundings(environment, settings)
+    if environment.kubernetes is not None:
+        from mlchaos_dagster.kube.address import remember
+
+        try:
+            remember(settings.home.cluster(environment.name), environment.kubernetes, settings.kubeconfig)
+        except DriverUnavailable as e:
+            raise ConfigError(f"the cluster of environment {environment.name}: {e}") from e
     if environment.sandbox is None:
         return
     from mlchaos_dagster.sandbox import api

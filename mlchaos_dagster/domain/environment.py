@@ -139,12 +139,31 @@ class S3Location(Model):
         return endpoint
 
 
+class KubernetesObjects(Model):
+    """Where a target's objects are in the cluster; `select` is their label selector."""
+
+    kind: Literal["Pod", "Deployment", "StatefulSet", "Job", "Node", "Secret"] = "Pod"
+    """What is hit. `scale_to_zero` wants workloads, drains want nodes, rotations want secrets, all others pods."""
+    namespace: str = ""
+    """Empty: `kubernetes.namespace` of the environment. Nodes have none."""
+    container: str = ""
+    """Of the pods; empty: the first."""
+    ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = ()
+    """Of links and network faults: only traffic to these ports; empty: all."""
+    path: str = ""
+    """`model_corruption`: the file inside the container."""
+
+
 class Target(Model):
     """What a logical target is here."""
 
     select: Annotated[str, Field(min_length=1)]
     """Sandbox: globs over process names (`inference-*`) or links (`gateway->feature-store`), comma between them.
+    Kubernetes: a label selector (`app=inference`), or two for a link: from these pods to those
+    (`app=gateway->app=feature-store`); the fault is made in the pods on the left.
     S3: a glob over keys under the prefix. Files and databases: their name. GPU: the device's number."""
+    kubernetes: KubernetesObjects = KubernetesObjects()
+    """Kubernetes: what kind of objects, and where."""
     describe: str = ""
     part: str | None = None
     """Sandbox: the part of the platform it belongs to, started when an experiment first needs it; absent: serving."""
@@ -304,6 +323,32 @@ class Prometheus(Model):
     timeout: Duration = 2.0
 
 
+class Kubernetes(Model):
+    """The cluster of an environment. Nothing but this context, and in it only namespaces that opted in, is touched."""
+
+    context: str = ""
+    """Of the kubeconfig; empty: the service account of the pod that this runs in."""
+    kubeconfig: str = ""
+    """`file:PATH`; empty: `KUBECONFIG`, else `~/.kube/config`."""
+    namespace: Annotated[str, Field(min_length=1)]
+    """Where targets are that name no other. Opts in by the label `mlchaos.dev/allow=true`."""
+    control_namespace: str = "mlchaos-system"
+    """Where leases, the lever and the sweeper are."""
+    helper_image: str = "local/mlchaos:1"
+    """Image of the containers that make network faults and of helper jobs."""
+    network: Literal["agent", "policy"] = "agent"
+    """`agent`: netfilter rules in the pod's own network, from an ephemeral container with NET_ADMIN. `policy`: a
+    NetworkPolicy, where pod security refuses that; it can only cut."""
+    min_ready: Annotated[int, Field(ge=0)] = 1
+    """Ready pods of the target that must be left untouched when an experiment hits less than all of it."""
+    sweeper_ttl: Duration = 15.0
+    """The in-cluster sweeper takes a lease over after this long without a renewal; runs abort when its heart stops that long."""
+    spare_sweeper_node: bool = True
+    """Node faults never hit the node that carries the sweeper."""
+    request_timeout: Duration = 5.0
+    """Bound of one call to the API server."""
+
+
 class Environment(Model):
     """Where experiments run."""
 
@@ -327,11 +372,14 @@ class Environment(Model):
     duration_min: DurationOrZero = 0.0
     """A scaled duration is never shorter than this (nor longer than asked for)."""
     sandbox: SandboxOptions | None = None
+    kubernetes: Kubernetes | None = None
     prometheus: Prometheus | None = None
 
     @model_validator(mode="after")
     def _coherent(self) -> Environment:
         served: dict[str, str] = {}
+        if "kubernetes" in self.backends and self.kubernetes is None:
+            raise ValueError("backends: kubernetes needs kubernetes: {context: …, namespace: …}")
         for backend, kinds in self.backends.items():
             for kind in kinds:
                 if kind in served:

@@ -31,10 +31,12 @@ class PodDelete(FaultBase):
     """Kill again every `interval` until the window ends; absent: once."""
     signal: Literal["kill", "term"] = "kill"
     """`kill` gives no chance to finish requests; `term` lets a graceful shutdown show itself."""
+    evict: bool = False
+    """Kubernetes: through the eviction API, which respects PodDisruptionBudgets."""
 
     def params(self) -> dict[str, Any]:
-        """`interval_s` (None: once), `signal`."""
-        return {"interval_s": self.interval, "signal": self.signal}
+        """`interval_s` (None: once), `signal`, `evict` where it is wanted."""
+        return {"interval_s": self.interval, "signal": self.signal, **({"evict": True} if self.evict else {})}
 
 
 class PodFailure(FaultBase):
@@ -257,6 +259,36 @@ class NetworkIsolation(FaultBase):
     kind: Literal["network_isolation"]
 
 
+class ScaleToZero(FaultBase):
+    """Scale the targets' workloads to no replica, and hold them there for the whole window."""
+
+    kind: Literal["scale_to_zero"]
+
+
+class NodeDrain(FaultBase):
+    """Cordon the targets' nodes and evict their pods; the nodes take pods again when the window ends."""
+
+    kind: Literal["node_drain"]
+    grace: Duration | None = None
+    """Termination grace of the pods; absent: their own."""
+
+    def params(self) -> dict[str, Any]:
+        """`grace_s` (None: each pod's own)."""
+        return {"grace_s": self.grace}
+
+
+class ZoneFailure(FaultBase):
+    """Cordon and drain every node of a zone at once, budgets or not: the other zones must carry the load."""
+
+    kind: Literal["zone_failure"]
+
+
+class DnsFailure(FaultBase):
+    """Names do not resolve in the targets: their DNS queries are dropped."""
+
+    kind: Literal["dns_failure"]
+
+
 class GpuMemoryHog(FaultBase):
     """Hold a share of a GPU's memory by a CUDA allocation in a process of its own."""
 
@@ -317,6 +349,10 @@ Fault = Annotated[
     | QueueOverflow
     | CertificateRotation
     | CredentialRotation
+    | ScaleToZero
+    | NodeDrain
+    | ZoneFailure
+    | DnsFailure
     | GpuMemoryHog,
     Field(discriminator="kind"),
 ]

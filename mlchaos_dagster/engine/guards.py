@@ -18,6 +18,7 @@ from mlchaos_dagster.errors import DriverUnavailable, StoreError
 
 if TYPE_CHECKING:
     from mlchaos_dagster.domain.record import RunRecord, Verdict
+    from mlchaos_dagster.engine.ports import Objection
     from mlchaos_dagster.engine.run import Run
 
 PHASE_WORDS = {ENDED: "writing its report"}
@@ -150,6 +151,21 @@ def target_resolved(run: Run) -> GuardResult:
     )
 
 
+def backend_willing(run: Run) -> GuardResult:
+    """The backend has no objection: permissions, opt-in, other chaos on the target, what would fight the fault."""
+    ask = getattr(run.kit.driver, "preflight", None)
+    if ask is None:
+        return GuardResult(name="backend willing", passed=True, saw="it has no conditions of its own")
+    fault, target = run.experiment.fault, run.environment.targets[run.experiment.target]
+    objections: tuple[Objection, ...] = ask(fault.kind, run.targets, run.existing, fault.params(), target=target)
+    return GuardResult(
+        name="backend willing",
+        passed=not objections,
+        saw="; ".join(o.saw for o in objections) or "no objection",
+        needs="; ".join(o.needs for o in objections),
+    )
+
+
 def target_free(run: Run) -> GuardResult:
     """No open lease holds one of our targets. (The ledger checks again, under its mutex, when the lease is written.)"""
     for lease in run.kit.ledger.leases():
@@ -229,6 +245,7 @@ GUARDS: tuple[Callable[[Run], GuardResult], ...] = (
     stage_before_held,
     target_resolved,
     target_free,
+    backend_willing,
     environment_free,
     watcher_alive,
     budget_left,

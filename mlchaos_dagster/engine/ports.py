@@ -106,6 +106,29 @@ def no_step(done: int, total: int) -> None:
     """A step for whoever neither watches nor stops."""
 
 
+@dataclass(frozen=True)
+class Objection:
+    """Why a backend would not make a fault now."""
+
+    saw: str
+    needs: str
+    """What would let the run through."""
+
+
+class Careful(Protocol):
+    """A driver that looks, before anything is measured, whether the fault can be made and undone here."""
+
+    def preflight(
+        self, kind: str, targets: tuple[str, ...], existing: tuple[str, ...], params: dict[str, Any], *, target: Target
+    ) -> tuple[Objection, ...]:
+        """All objections; empty: none. Read-only.
+
+        Raises:
+            DriverUnavailable: the backend could not be asked.
+        """
+        ...
+
+
 class Driver(Protocol):
     """Plain verbs on one backend. The scope (try/finally, shielding, order) is the engine's.
 

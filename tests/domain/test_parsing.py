@@ -79,7 +79,7 @@ WRONG_FIELDS = [
         "pod_delete, signal: kil, intervall: 3s}",
         [
             'f.yaml:8:35  fault.signal: "kil" is not known. Did you mean "kill"? Allowed: kill, term.',
-            'f.yaml:8:40  fault.intervall: no such field. Did you mean "interval"? Allowed: kind, interval, signal.',
+            'f.yaml:8:40  fault.intervall: no such field. Did you mean "interval"? Allowed: kind, interval, signal, evict.',
         ],
     ),
     ("10m\n", "30\n", ["f.yaml:10:11  duration: 30 has no unit. Allowed: ms, s, m, h, d, such as 30s."]),

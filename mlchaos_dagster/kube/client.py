@@ -1,0 +1,549 @@
+"""One API server: verbs on JSON objects. The only module that knows the `kubernetes` package.
+
+Objects stay the dictionaries that the API speaks: the package's model classes know one version of it, a cluster has
+another, and what they do not know they drop on the way back. Every call is bounded in time; reads are tried again when
+the connection broke; calls are limited per second so that a run never crowds out the cluster's own clients.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote, urlencode
+
+from mlchaos_dagster.domain.environment import Kubernetes
+from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable
+from mlchaos_dagster.kube.objects import items, text
+
+NAME = "kubernetes"
+CALLS_PER_S = 50.0
+"""Sustained calls a second of one process. client-go's own default is 5 (kubectl: 50)."""
+BURST = 100
+_PAGE = 500
+_RETRIES = 2
+"""Of a connection that broke, 0.1 s and 0.2 s later; longer waits are the caller's, who knows what is at stake."""
+_PATCH = {
+    "merge": "application/merge-patch+json",
+    "strategic": "application/strategic-merge-patch+json",
+    "json": "application/json-patch+json",
+    "apply": "application/apply-patch+yaml",
+}
+_TLS_WORDS = ("CERTIFICATE_VERIFY_FAILED", "certificate")
+
+
+class ApiRefused(DriverError):
+    """The API server answered, and the answer was no."""
+
+    def __init__(self, message: str, code: int, reason: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.code, self.reason, self.retry_after_s = code, reason, retry_after_s
+
+
+class Conflict(ApiRefused):
+    """409: it exists already, or somebody changed it since it was read."""
+
+
+class Forbidden(ApiRefused):
+    """403: a permission is missing; the message holds the RBAC rule to add."""
+
+
+class Gone(ApiRefused):
+    """410: a watch must begin anew."""
+
+
+class NotFound(ApiRefused):
+    """404, of a write. (Reads return None.)"""
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """What a command in a container said."""
+
+    code: int
+    """-1 when it was cut off by the time limit."""
+    out: str
+    err: str
+
+
+@dataclass(frozen=True, order=True)
+class Permission:
+    """One thing that the API server must allow."""
+
+    verb: str
+    resource: str
+    """Plural, with the subresource after a slash: `pods/eviction`."""
+    namespace: str = ""
+    """Empty: of the cluster."""
+    group: str = ""
+
+    @property
+    def rule(self) -> str:
+        """The RBAC rule to add, on one line."""
+        where = f"Role in namespace {self.namespace}" if self.namespace else "ClusterRole"
+        return f'{where}: {{apiGroups: ["{self.group}"], resources: ["{self.resource}"], verbs: ["{self.verb}"]}}'
+
+
+class Cluster:
+    """One API server as one identity sees it. Threads may share it.
+
+    Args:
+        context: Context of the kubeconfig; empty: the pod's own service account.
+        kubeconfig: Path; empty with a context: `KUBECONFIG`, else `~/.kube/config`.
+        timeout_s: Bound of one call.
+
+    Raises:
+        ConfigError: no such file or context; says which there are.
+    """
+
+    def __init__(self, context: str = "", kubeconfig: str = "", *, timeout_s: float = 5.0) -> None:
+        self.context, self.kubeconfig, self.timeout_s = context, kubeconfig, timeout_s
+        self._configuration = _configuration(context, kubeconfig)
+        self._bucket = _Bucket(CALLS_PER_S, BURST)
+        self._api: Any = None
+        self._lock = threading.Lock()
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def get(self, path: str, **query: str) -> dict[str, Any] | None:
+        """One object, or None when there is none."""
+        try:
+            return self._json("GET", path, query)
+        except NotFound:
+            return None
+
+    def list(self, path: str, *, labels: str = "", fields: str = "") -> list[dict[str, Any]]:
+        """All objects of a collection that match, page by page."""
+        return self.list_at(path, labels=labels, fields=fields)[0]
+
+    def list_at(self, path: str, *, labels: str = "", fields: str = "") -> tuple[list[dict[str, Any]], str]:
+        """As `list`, and the resource version from which a watch goes on."""
+        found: list[dict[str, Any]] = []
+        query = {"limit": str(_PAGE), "labelSelector": labels, "fieldSelector": fields}
+        while True:
+            page = self._json("GET", path, {k: v for k, v in query.items() if v})
+            found += items(page, "items")
+            query["continue"] = text(page, "metadata", "continue")
+            if not query["continue"]:
+                return found, text(page, "metadata", "resourceVersion")
+
+    def watch(
+        self, path: str, resource_version: str, *, labels: str = "", fields: str = "", timeout_s: float = 60.0
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Changes since `resource_version`: (`ADDED` | `MODIFIED` | `DELETED` | `BOOKMARK`, object), until `timeout_s`.
+
+        Raises:
+            Gone: too old; list again.
+            DriverUnavailable: the connection broke.
+        """
+        query = {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(max(1, int(timeout_s))),
+            "labelSelector": labels,
+            "fieldSelector": fields,
+        }
+        response = self._call("GET", path, {k: v for k, v in query.items() if v}, read_s=timeout_s + self.timeout_s)
+        rest = b""
+        try:
+            for chunk in response.stream(amt=None, decode_content=False):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in filter(None, lines):
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        raise _refusal(int(event["object"].get("code", 0)), event["object"], "GET", path)
+                    yield event["type"], event["object"]
+        except DriverError:
+            raise
+        except Exception as e:
+            raise DriverUnavailable(f"the watch on {path} broke: {_first_line(e)}", driver=NAME, verb="watch") from e
+        finally:
+            response.release_conn()
+            response.close()
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def create(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A new object in a collection (or a subresource such as `…/eviction`). Raises Conflict: it is there already."""
+        return self._json("POST", path, {}, body)
+
+    def replace(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole object; its `resourceVersion` is the fence. Raises Conflict: somebody changed it."""
+        return self._json("PUT", path, {}, body)
+
+    def patch(
+        self, path: str, body: Mapping[str, Any] | Sequence[Any], *, how: str = "merge", **query: str
+    ) -> dict[str, Any]:
+        """A part of an object; `how` is merge, strategic, json or apply. With `metadata.resourceVersion`: fenced."""
+        return self._json("PATCH", path, query, body, content_type=_PATCH[how])
+
+    def delete(self, path: str, *, uid: str = "", grace_s: int | None = None, propagation: str = "Background") -> bool:
+        """Remove an object; of that uid only. False when it was gone (or is another one by now)."""
+        body: dict[str, Any] = {"propagationPolicy": propagation}
+        if uid:
+            body["preconditions"] = {"uid": uid}
+        if grace_s is not None:
+            body["gracePeriodSeconds"] = grace_s
+        try:
+            self._json("DELETE", path, {}, body)
+        except NotFound:
+            return False
+        except Conflict:
+            if uid:
+                return False
+            raise
+        return True
+
+    def evict(self, namespace: str, name: str, *, uid: str = "", grace_s: int | None = None) -> bool:
+        """Through the eviction API, which respects PodDisruptionBudgets. False when it was gone.
+
+        Raises:
+            ApiRefused: code 429, a budget does not allow it now.
+        """
+        options: dict[str, Any] = {"preconditions": {"uid": uid}} if uid else {}
+        if grace_s is not None:
+            options["gracePeriodSeconds"] = grace_s
+        body = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": name, "namespace": namespace},
+            "deleteOptions": options,
+        }
+        try:
+            self.create(f"/api/v1/namespaces/{namespace}/pods/{name}/eviction", body)
+        except NotFound:
+            return False
+        except Conflict:
+            if uid:
+                return False
+            raise
+        return True
+
+    # -- inside pods ------------------------------------------------------------------------------------------------
+
+    def exec(
+        self,
+        namespace: str,
+        pod: str,
+        container: str,
+        command: Sequence[str],
+        *,
+        stdin: str = "",
+        timeout_s: float = 5.0,
+    ) -> ExecResult:
+        """Run a command in a container and wait for its end, at most `timeout_s` seconds.
+
+        Raises:
+            DriverUnavailable: the node did not answer.
+            ApiRefused: there is no such container, or it may not be entered.
+        """
+        with self.open_exec(namespace, pod, container, command, stdin=bool(stdin)) as stream:
+            if stdin:
+                stream.write(stdin)
+            return stream.finish(timeout_s)
+
+    def open_exec(
+        self, namespace: str, pod: str, container: str, command: Sequence[str], *, stdin: bool = False
+    ) -> ExecStream:
+        """Start a command in a container; its standard input ends when the stream is closed, or we die."""
+        from kubernetes.stream import ws_client  # pyright: ignore[reportMissingTypeStubs]
+
+        self._bucket.take()
+        path = f"{self.server}/api/v1/namespaces/{quote(namespace)}/pods/{quote(pod)}/exec"
+        query = [("command", word) for word in command]
+        query += [("stdout", "true"), ("stderr", "true"), ("stdin", "true" if stdin else "false"), ("tty", "false")]
+        if container:
+            query.append(("container", container))
+        headers: dict[str, str] = {}
+        try:
+            self._client().update_params_for_auth(headers, [], ["BearerToken"])
+            url = cast(Any, ws_client).get_websocket_url(path, query)
+            socket = cast(Any, ws_client).WSClient(self._configuration, url, headers, True)
+        except Exception as e:
+            code = int(getattr(e, "status", 0) or getattr(e, "status_code", 0) or 0)
+            if code:
+                raise _refusal(code, {"message": _first_line(e)}, "CREATE", f"pods/exec of {namespace}/{pod}") from e
+            raise DriverUnavailable(
+                f"cannot run a command in {namespace}/{pod}: {_first_line(e)}", driver=NAME, verb="exec"
+            ) from e
+        return ExecStream(socket, f"{namespace}/{pod}")
+
+    # -- who we are, what we may ------------------------------------------------------------------------------------
+
+    @property
+    def server(self) -> str:
+        """URL of the API server."""
+        return str(self._configuration.host)
+
+    def identity(self) -> str:
+        """What tells this cluster from any other: the uid of its namespace kube-system."""
+        found = self.get("/api/v1/namespaces/kube-system")
+        if found is None:
+            raise DriverUnavailable("the cluster has no namespace kube-system", driver=NAME, verb="identity")
+        return str(found["metadata"]["uid"])
+
+    def allowed(self, permission: Permission) -> bool:
+        """Ask the API server (SelfSubjectAccessReview)."""
+        resource, _, subresource = permission.resource.partition("/")
+        attributes = {
+            "verb": permission.verb,
+            "group": permission.group,
+            "resource": resource,
+            "subresource": subresource,
+            "namespace": permission.namespace,
+        }
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        answer = self.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+        return bool(answer.get("status", {}).get("allowed"))
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _client(self) -> Any:
+        with self._lock:
+            if self._api is None:
+                from kubernetes.client import ApiClient  # pyright: ignore[reportMissingTypeStubs]
+
+                self._api = ApiClient(self._configuration)
+            return self._api
+
+    def _json(
+        self, method: str, path: str, query: Mapping[str, str], body: Any = None, content_type: str = "application/json"
+    ) -> dict[str, Any]:
+        response = self._call(method, path, query, body, content_type)
+        try:
+            return cast("dict[str, Any]", json.loads(response.data))
+        finally:
+            response.release_conn()
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Any = None,
+        content_type: str = "application/json",
+        read_s: float | None = None,
+    ) -> Any:
+        self._bucket.take()
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = content_type
+        try:
+            client = self._client()
+            client.update_params_for_auth(headers, [], ["BearerToken"])
+            pool = client.rest_client.pool_manager
+            response = pool.request(
+                method,
+                self.server + path + (f"?{urlencode(query)}" if query else ""),
+                body=None if body is None else json.dumps(body).encode(),
+                headers=headers,
+                timeout=_timeout(self.timeout_s, read_s or self.timeout_s),
+                preload_content=read_s is None,
+                retries=_retries(method),
+            )
+        except Exception as e:
+            raise DriverUnavailable(self._words(e), driver=NAME, verb=method.lower()) from e
+        if response.status >= 400:
+            raise _refusal(response.status, _status_of(response), method, path, response.headers.get("Retry-After", ""))
+        return response
+
+    def _words(self, error: Exception) -> str:
+        where = f"the API server {self.server} (context {self.context or 'of this pod'})"
+        said = _first_line(error)
+        if any(word in said for word in _TLS_WORDS):
+            return f"{where} shows a certificate that the kubeconfig does not trust: {said}"
+        return f"{where} does not answer: {said}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The cluster, and what the environment says about it."""
+
+    cluster: Cluster
+    options: Kubernetes
+
+
+class ExecStream:
+    """A command that runs in a container."""
+
+    def __init__(self, socket: Any, where: str) -> None:
+        self._socket, self.where = socket, where
+
+    def __enter__(self) -> ExecStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether the connection stands."""
+        return bool(self._socket.is_open())
+
+    def write(self, text: str) -> None:
+        """To its standard input."""
+        self._socket.write_stdin(text)
+
+    def read(self, timeout_s: float) -> str:
+        """What it has written since, waiting at most `timeout_s` seconds for something."""
+        if self.running:
+            self._socket.update(timeout=timeout_s)
+        return str(self._socket.read_stdout(timeout=0) or "") if self._socket.peek_stdout(timeout=0) else ""
+
+    def finish(self, timeout_s: float) -> ExecResult:
+        """Wait for its end. Raises DriverUnavailable: the connection broke before it."""
+        end = time.monotonic() + timeout_s
+        while self.running and time.monotonic() < end:
+            self._socket.update(timeout=min(0.5, max(0.0, end - time.monotonic())))
+        if self.running:
+            return ExecResult(-1, str(self._socket.read_all() or ""), "it did not end in time")
+        status = self._socket.read_channel(3)
+        err = str(self._socket.read_stderr(timeout=0) or "")
+        out = str(self._socket.read_stdout(timeout=0) or "")
+        if not status:
+            raise DriverUnavailable(f"the command in {self.where} broke off", driver=NAME, verb="exec")
+        return ExecResult(_exit_code(status), out, err)
+
+    def close(self) -> None:
+        """End its standard input and the connection."""
+        self._socket.close()
+
+
+class _Bucket:
+    """Token bucket: so many calls a second on average, so many at once."""
+
+    def __init__(self, per_s: float, burst: int) -> None:
+        self.per_s, self.burst = per_s, burst
+        self._left, self._at = float(burst), time.monotonic()
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """Wait for one call's turn."""
+        with self._lock:
+            now = time.monotonic()
+            self._left = min(self.burst, self._left + (now - self._at) * self.per_s) - 1
+            self._at = now
+            wait = -self._left / self.per_s
+        if wait > 0:
+            time.sleep(wait)
+
+
+def contexts(kubeconfig: str = "") -> list[str]:
+    """Names of the contexts of a kubeconfig. Raises ConfigError: it cannot be read."""
+    from kubernetes.config import kube_config  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        found, _ = cast(Any, kube_config).list_kube_config_contexts(config_file=kubeconfig or None)
+    except Exception as e:
+        raise ConfigError(f"kubeconfig {kubeconfig or 'of this user'}: {_first_line(e)}") from e
+    return [str(c["name"]) for c in found]
+
+
+def _configuration(context: str, kubeconfig: str) -> Any:
+    from kubernetes import client, config  # pyright: ignore[reportMissingTypeStubs]
+    from kubernetes.config.config_exception import ConfigException  # pyright: ignore[reportMissingTypeStubs]
+
+    configuration: Any = client.Configuration()
+    if kubeconfig and not Path(kubeconfig).is_file():
+        raise ConfigError(f"kubeconfig: there is no file {kubeconfig}")
+    try:
+        if context:
+            cast(Any, config).load_kube_config(
+                config_file=kubeconfig or None,
+                context=context,
+                client_configuration=configuration,
+                persist_config=False,
+            )
+        else:
+            cast(Any, config).load_incluster_config(client_configuration=configuration)
+    except ConfigException as e:
+        if not context:
+            raise ConfigError("no context is named, and this is no pod: kubernetes.context is needed") from e
+        try:
+            there = ", ".join(contexts(kubeconfig))
+        except ConfigError as other:
+            raise other from e
+        if context in there.split(", "):
+            raise ConfigError(f"context {context} of the kubeconfig cannot be used: {_first_line(e)}") from e
+        raise ConfigError(f'the kubeconfig has no context "{context}". Allowed: {there or "(it has none)"}') from e
+    except Exception as e:  # a file that is no YAML, a key that is not there
+        raise ConfigError(f"kubeconfig {kubeconfig or 'of this user'} cannot be read: {_first_line(e)}") from e
+    configuration.connection_pool_maxsize = 32
+    configuration.retries = False
+    return configuration
+
+
+def _timeout(connect_s: float, read_s: float) -> Any:
+    from urllib3.util import Timeout
+
+    return Timeout(connect=min(2.0, connect_s), read=read_s)
+
+
+def _retries(method: str) -> Any:
+    """A read may be sent again; a write only when it cannot have arrived."""
+    from urllib3.util import Retry
+
+    return Retry(
+        total=_RETRIES,
+        connect=_RETRIES,
+        read=_RETRIES if method == "GET" else 0,
+        status=0,
+        redirect=0,
+        backoff_factor=0.1,
+    )
+
+
+def _status_of(response: Any) -> dict[str, Any]:
+    raw: bytes = b""
+    try:
+        raw = response.data or response.read()
+        found = json.loads(raw)
+        return cast("dict[str, Any]", found) if isinstance(found, dict) else {"message": str(found)}
+    except Exception:  # noqa: BLE001  a proxy's page instead of an answer
+        return {"message": raw.decode(errors="replace")[:200]}
+
+
+def _refusal(code: int, status: Mapping[str, Any], method: str, path: str, retry_after: str = "") -> ApiRefused:
+    message = " ".join(str(status.get("message") or "no reason given").split())
+    reason = str(status.get("reason") or "")
+    wait = float(retry_after) if retry_after.isdigit() else 0.0
+    if code == 401:
+        return ApiRefused(
+            "the API server does not accept the credentials of the kubeconfig (401): expired, or of another cluster",
+            code,
+            reason,
+        )
+    if code == 403:
+        return Forbidden(f"not allowed: {message}", code, reason)
+    kinds = {404: NotFound, 409: Conflict, 410: Gone}
+    return kinds.get(code, ApiRefused)(f"{method} {path}: {message} ({code})", code, reason, wait)
+
+
+def _exit_code(status: str) -> int:
+    """Exit status of a command, from the message of the error channel."""
+    try:
+        found = json.loads(status)
+    except ValueError:
+        return -1
+    if found.get("status") == "Success":
+        return 0
+    for cause in items(found, "details", "causes"):
+        if cause.get("reason") == "ExitCode":
+            return int(cause.get("message", -1))
+    return -1
+
+
+def _first_line(error: BaseException) -> str:
+    """The root of what went wrong, in one line."""
+    while isinstance(root := error.__cause__ or getattr(error, "reason", None), BaseException):
+        error = root
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
