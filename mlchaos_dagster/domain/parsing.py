@@ -179,7 +179,7 @@ def unknown(what: str, word: str, allowed: Iterable[str]) -> str:
     return one_line(f'no such {what} "{word}".{hint} Allowed: {", ".join(allowed) or "none here"}.')
 
 
-def one_line(text: str, limit: int = 700) -> str:
+def one_line(text: str, limit: int = 640) -> str:
     """Fit for one line of a terminal: no line breaks or control characters, not endless, ends with a full stop."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if len(text) > limit:
