@@ -341,6 +341,8 @@ class Kubernetes(Model):
     NetworkPolicy, where pod security refuses that; it can only cut."""
     min_ready: Annotated[int, Field(ge=0)] = 1
     """Ready pods of the target that must be left untouched when an experiment hits less than all of it."""
+    ignore_budgets: bool = False
+    """Take pods away though their PodDisruptionBudget would be violated."""
     sweeper_ttl: Duration = 15.0
     """The in-cluster sweeper takes a lease over after this long without a renewal; runs abort when its heart stops that long."""
     spare_sweeper_node: bool = True

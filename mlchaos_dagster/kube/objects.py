@@ -32,3 +32,8 @@ def text(found: Mapping[str, Any] | None, *keys: str) -> str:
     """The text at `keys`; empty where there is none."""
     value = part(found, *keys)
     return "" if value is None else str(value)
+
+
+def words(found: Mapping[str, Any] | None, *keys: str) -> list[str]:
+    """The list of texts at `keys`; empty where there is none."""
+    return [str(value) for value in cast("list[Any]", part(found, *keys) or [])]
