@@ -54,6 +54,7 @@ def findings(app: App) -> Iterator[Finding]:
     yield from _library(app)
     yield from _leases(app)
     yield from _sandbox(app)
+    yield from _cluster(app)
     yield from _tools()
 
 
@@ -142,6 +143,21 @@ def _sandbox(app: App) -> Iterator[Finding]:
         yield Finding("sandbox", "optional", "not up", "`mlchaos run` starts it; or mlchaos sandbox up")
     else:
         yield Finding("sandbox", "ok", f"up, {len(up['processes'])} processes")
+
+
+def _cluster(app: App) -> Iterator[Finding]:
+    from mlchaos_dagster.errors import SpecError
+
+    try:
+        environment = app.environment
+    except SpecError:
+        return
+    if environment.kubernetes is None:
+        return
+    from mlchaos_dagster.drivers.kubernetes.checkup import points
+
+    for point in points(environment):
+        yield Finding(point.what, point.state, point.saw, point.help)
 
 
 def _tools() -> Iterator[Finding]:

@@ -8,6 +8,7 @@ the connection broke; calls are limited per second so that a run never crowds ou
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,6 +280,12 @@ class Cluster:
     def server(self) -> str:
         """URL of the API server."""
         return str(self._configuration.host)
+
+    def version(self) -> tuple[int, int]:
+        """Of the API server: (major, minor). Needs no permission beyond being somebody."""
+        found = self.get("/version") or {}
+        digits = [re.sub(r"\D.*", "", text(found, key)) or "0" for key in ("major", "minor")]
+        return int(digits[0]), int(digits[1])
 
     def identity(self) -> str:
         """What tells this cluster from any other: the uid of its namespace kube-system."""

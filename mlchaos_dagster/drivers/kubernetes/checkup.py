@@ -1,0 +1,156 @@
+"""Whether an environment's cluster can be used: what is missing, and the command that mends it. Reads only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from mlchaos_dagster.domain.environment import Environment, Target
+from mlchaos_dagster.drivers.kubernetes import leftovers, preflight
+from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
+from mlchaos_dagster.drivers.kubernetes.handler import Request
+from mlchaos_dagster.errors import ConfigError, DriverError
+from mlchaos_dagster.kube.address import connect
+from mlchaos_dagster.kube.client import Permission, Site
+from mlchaos_dagster.kube.labels import OPT_IN
+from mlchaos_dagster.kube.objects import text
+from mlchaos_dagster.kube.refs import Ref
+from mlchaos_dagster.kube.selecting import select
+
+OLDEST = (1, 28)
+"""Of the API versions that are used; ephemeral containers and policy/v1 are older."""
+SWEEPER = "mlchaos-sweeper"
+LEVER = "mlchaos-lever"
+_HEART_S = 6.0
+"""Two of the sweeper's beats and a little more."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing that was looked at."""
+
+    what: str
+    state: Literal["ok", "missing", "optional"]
+    saw: str
+    help: str = ""
+
+
+def points(environment: Environment) -> Iterator[Point]:
+    """Everything that a run on this cluster needs, in the order in which it would fail."""
+    options = environment.kubernetes
+    assert options is not None
+    try:
+        cluster = connect(options)
+        version = cluster.version()
+    except ConfigError as e:
+        yield Point("kubeconfig", "missing", str(e), "kubectl config get-contexts; set kubernetes.context")
+        return
+    except DriverError as e:
+        yield Point("cluster", "missing", str(e), f"kubectl --context {options.context} version")
+        return
+    shown = ".".join(map(str, version))
+    if version < OLDEST:
+        yield Point("cluster", "missing", f"Kubernetes {shown}", f"Kubernetes {OLDEST[0]}.{OLDEST[1]} or later")
+    else:
+        yield Point(
+            "cluster", "ok", f"Kubernetes {shown} at {cluster.server}, context {options.context or 'of this pod'}"
+        )
+    site = Site(cluster, options)
+    for look in (_namespaces, _targets, _permissions, _sweeper, _lever, _left_behind):
+        try:
+            yield from look(site, environment)
+        except DriverError as e:
+            yield Point(look.__name__.strip("_").replace("_", " "), "missing", str(e), "docs/rbac.md")
+
+
+def _namespaces(site: Site, environment: Environment) -> Iterator[Point]:
+    spaces = {t.kubernetes.namespace or site.options.namespace for t in _on_cluster(environment).values()}
+    for name in sorted(spaces):
+        found = site.cluster.get(f"/api/v1/namespaces/{name}")
+        if found is None:
+            yield Point(f"namespace {name}", "missing", "there is none", f"kubectl create namespace {name}")
+        elif text(found, "metadata", "labels", OPT_IN) != "true":
+            yield Point(
+                f"namespace {name}", "missing", "has not opted in", f"kubectl label namespace {name} {OPT_IN}=true"
+            )
+        else:
+            yield Point(f"namespace {name}", "ok", "opted in to faults")
+
+
+def _targets(site: Site, environment: Environment) -> Iterator[Point]:
+    for name, target in sorted(_on_cluster(environment).items()):
+        found = select(site, target)
+        if found:
+            shown = ", ".join(ref.name for ref in found[:3]) + (", …" if len(found) > 3 else "")
+            yield Point(f"target {name}", "ok", f"{target.select} matches {len(found)}: {shown}")
+        else:
+            kind = target.kubernetes.kind.lower()
+            where = target.kubernetes.namespace or site.options.namespace
+            labels = target.select.partition("->")[0]
+            yield Point(
+                f"target {name}",
+                "missing",
+                f"{target.select} matches no {kind} in {where}",
+                f"kubectl get {kind} -l '{labels}'" + ("" if kind == "node" else f" -n {where}"),
+            )
+
+
+def _permissions(site: Site, environment: Environment) -> Iterator[Point]:
+    """For every fault that is served here, on every target that it fits."""
+    needed: set[Permission] = set()
+    for kind in sorted(set(environment.backends.get("kubernetes", ())) & PLACES.keys()):
+        chosen = handler(kind)
+        for target in _on_cluster(environment).values():
+            object_kind = target.kubernetes.kind.lower()
+            if object_kind in chosen.kinds:
+                space = "" if object_kind == "node" else target.kubernetes.namespace or site.options.namespace
+                refs = (Ref(object_kind, space, "x", "x"),)
+                request = Request(kind, refs, refs, {}, target)
+                needed |= preflight.permissions(request, iter(chosen.permissions(site, request)))
+    missing = sorted(p for p in needed if not site.cluster.allowed(p))
+    for permission in missing:
+        yield Point(
+            "permission", "missing", f"may not {permission.verb} {permission.resource}", f"add {permission.rule}"
+        )
+    if not missing:
+        yield Point("permissions", "ok", f"all {len(needed)} that the faults served here need")
+
+
+def _sweeper(site: Site, environment: Environment) -> Iterator[Point]:
+    help = "kubectl apply -k manifests/kubernetes"
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{site.options.control_namespace}/leases/{SWEEPER}"
+    before = site.cluster.get(path)
+    if before is None:
+        yield Point("sweeper", "missing", f"none in namespace {site.options.control_namespace}", help)
+        return
+    end = time.monotonic() + _HEART_S
+    while time.monotonic() < end:
+        if text(site.cluster.get(path), "metadata", "resourceVersion") != text(before, "metadata", "resourceVersion"):
+            yield Point("sweeper", "ok", f"its heart beats ({text(before, 'spec', 'holderIdentity')})")
+            return
+        time.sleep(0.5)
+    logs = f"kubectl logs -n {site.options.control_namespace} deployment/{SWEEPER}"
+    yield Point("sweeper", "missing", f"no heartbeat within {_HEART_S:g} s", logs)
+
+
+def _lever(site: Site, environment: Environment) -> Iterator[Point]:
+    found = site.cluster.get(f"/api/v1/namespaces/{site.options.control_namespace}/configmaps/{LEVER}")
+    if found is not None:
+        reason = text(found, "data", "reason") or "no reason given"
+        release = f"mlchaos stop --release -e {environment.name}"
+        yield Point("lever", "missing", f"pulled ({reason}): no run may start", release)
+
+
+def _left_behind(site: Site, environment: Environment) -> Iterator[Point]:
+    found = list(leftovers.find(site.cluster))
+    for left in found:
+        yield Point("left behind", "missing", left.shown, f"mlchaos clean -e {environment.name}")
+    if not found:
+        yield Point("left behind", "ok", "nothing of any experiment")
+
+
+def _on_cluster(environment: Environment) -> dict[str, Target]:
+    """Targets of faults that the cluster serves; one with a bucket or the like is another backend's."""
+    return {name: t for name, t in environment.targets.items() if t.s3 is None and t.part is None}
