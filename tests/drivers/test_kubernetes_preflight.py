@@ -1,0 +1,225 @@
+"""Guards of the Kubernetes backend against a cluster that is a dictionary: words and decisions, no network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
+
+import pytest
+
+from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
+from mlchaos_dagster.drivers.kubernetes import preflight, rivals
+from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
+from mlchaos_dagster.engine.ports import Objection
+from mlchaos_dagster.kube.client import Cluster, Forbidden, Permission, Site
+from mlchaos_dagster.kube.refs import Ref
+
+NODE = {"metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}
+CHAOS_KINDS = {
+    "resources": [{"name": "podchaos", "kind": "PodChaos", "verbs": ["list"]}, {"name": "schedules", "verbs": ["list"]}]
+}
+
+
+def pod(name: str, *, ready: bool = True, lease: str = "") -> dict[str, Any]:
+    return {
+        "metadata": {
+            "name": name,
+            "namespace": "ml",
+            "uid": f"uid-{name}",
+            "labels": {"app": "inference"},
+            "annotations": {"mlchaos.dev/lease": lease} if lease else {},
+        },
+        "spec": {"nodeName": "n1"},
+        "status": {"conditions": [{"type": "Ready", "status": str(ready)}]},
+    }
+
+
+class Paper:
+    """`Cluster` whose objects are given; collections are lists, objects are mappings."""
+
+    def __init__(self, pods: list[dict[str, Any]], **places: Any) -> None:
+        space = {"metadata": {"name": "ml", "labels": {"mlchaos.dev/allow": "true"}}}
+        self.places: dict[str, Any] = {
+            "/api/v1/namespaces/ml": space,
+            "/api/v1/namespaces/ml/pods": pods,
+            "/api/v1/nodes/n1": copy.deepcopy(NODE),
+        }
+        self.denied: set[str] = set()
+
+    def get(self, path: str) -> Any:
+        return self.places.get(path)
+
+    def list(self, path: str, *, labels: str = "", fields: str = "") -> list[Any]:
+        if isinstance(found := self.places.get(path, []), Exception):
+            raise found
+        return found
+
+    def allowed(self, permission: Permission) -> bool:
+        return permission.resource not in self.denied
+
+
+class Needs:
+    kinds = frozenset({"pod"})
+    self_limiting = False
+
+    def permissions(self, site: Site, request: Request) -> Iterable[Permission]:
+        return [Permission("delete", "pods", "ml")]
+
+    def objections(self, site: Site, request: Request) -> Iterable[Objection]:
+        return []
+
+
+PODS = [pod("a"), pod("b"), pod("c")]
+
+
+def asked(cluster: Paper, *, hit: tuple[str, ...] = ("a",), kind: str = "pod_failure", **options: Any) -> list[str]:
+    """What the guards say, `saw | needs`."""
+    site = Site(cast(Cluster, cluster), Kubernetes(context="x", namespace="ml", **options))
+    existing = tuple(Ref("pod", "ml", n, f"uid-{n}") for n in ("a", "b", "c"))
+    refs = tuple(r for r in existing if r.name in hit)
+    target = Target(select="app=inference", kubernetes=KubernetesObjects())
+    found = preflight.objections(site, Request(kind, refs, existing, {}, target), cast(Handler, Needs()))
+    return [f"{o.saw} | {o.needs}" for o in found]
+
+
+def budget(allowed: int, **labels: str) -> list[dict[str, Any]]:
+    selector = {"matchLabels": labels or {"app": "inference"}}
+    return [{"metadata": {"name": "keep"}, "spec": {"selector": selector}, "status": {"disruptionsAllowed": allowed}}]
+
+
+def test_nothing_speaks_against_a_sound_target() -> None:
+    assert asked(Paper(PODS)) == []
+
+
+def test_a_namespace_that_did_not_opt_in_is_told_with_the_command_and_nothing_else_is_asked() -> None:
+    cluster = Paper(PODS)
+    cluster.places["/api/v1/namespaces/ml"]["metadata"]["labels"] = {"mlchaos.dev/allow": "false"}
+    assert asked(cluster) == [
+        "namespace ml has not opted in to faults | kubectl label namespace ml mlchaos.dev/allow=true"
+    ]
+
+
+def test_a_missing_permission_is_told_as_the_rule_to_add() -> None:
+    cluster = Paper(PODS)
+    cluster.denied = {"poddisruptionbudgets"}
+    assert asked(cluster) == [
+        'no permission to list poddisruptionbudgets | Role in namespace ml: {apiGroups: ["policy"], '
+        'resources: ["poddisruptionbudgets"], verbs: ["list"]}'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pods", "hit", "saw"),
+    [
+        ([pod("a", ready=False), *PODS[1:]], ("a",), "not ready before the fault: pod ml/a"),
+        (
+            [PODS[0], pod("b", ready=False), pod("c", ready=False)],
+            ("a",),
+            "0 of the 2 pods that stay untouched are ready",
+        ),
+        ([pod("a", lease="mlchaos-x"), *PODS[1:]], ("a",), "pod ml/a carries the fault of lease mlchaos-x"),
+    ],
+)
+def test_pods_that_are_not_well_or_already_under_a_fault(pods: list[Any], hit: tuple[str, ...], saw: str) -> None:
+    (said,) = asked(Paper(pods), hit=hit)
+    assert said.startswith(saw)
+
+
+def test_all_pods_may_be_hit_at_once() -> None:
+    assert asked(Paper(PODS), hit=("a", "b", "c")) == []
+
+
+def test_a_disruption_budget_that_would_be_violated() -> None:
+    cluster = Paper(PODS)
+    place = "/apis/policy/v1/namespaces/ml/poddisruptionbudgets"
+    cluster.places[place] = budget(1)
+    assert asked(cluster, hit=("a",)) == []
+    (said,) = asked(cluster, hit=("a", "b"))
+    assert said.startswith("PodDisruptionBudget ml/keep allows 1 pods to be down, and 2 would be | ")
+    assert asked(cluster, hit=("a", "b"), ignore_budgets=True) == []
+    assert asked(cluster, hit=("a", "b"), kind="network_latency") == []
+    cluster.places[place] = budget(0, app="other")
+    assert asked(cluster, hit=("a", "b")) == []
+
+
+def test_a_node_under_pressure() -> None:
+    cluster = Paper(PODS)
+    cluster.places["/api/v1/nodes/n1"]["status"]["conditions"].append({"type": "MemoryPressure", "status": "True"})
+    assert asked(cluster) == ["node n1: MemoryPressure is True | a node that is well under the targets"]
+
+
+def chaos(phase: str = "Injected", record: str = "ml/a/web", **spec: Any) -> dict[str, Any]:
+    records = [{"id": record, "phase": phase}] if record else []
+    return {
+        "metadata": {"name": "theirs", "namespace": "chaos-testing"},
+        "spec": spec or {"action": "pod-failure", "selector": {"namespaces": ["ml"]}},
+        "status": {"experiment": {"desiredPhase": "Run", "containerRecords": records}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("theirs", "at_work"),
+    [
+        (chaos(), True),
+        (chaos(record="other/a/web"), False),
+        (chaos(phase="Not Injected"), False),
+        (chaos(record=""), True),  # accepted a moment ago: it may select our target
+        (chaos(record="", selector={"namespaces": ["elsewhere"]}), False),
+        (chaos(action="pod-kill"), False),  # it struck once and is over
+    ],
+)
+def test_chaos_mesh_on_the_target(theirs: dict[str, Any], at_work: bool) -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/chaos-mesh.org/v1alpha1"] = CHAOS_KINDS
+    cluster.places["/apis/chaos-mesh.org/v1alpha1/podchaos"] = [theirs]
+    expected = "PodChaos chaos-testing/theirs is at work on the target | its end, or its deletion"
+    assert asked(cluster) == ([expected] if at_work else [])
+
+
+@pytest.mark.parametrize(
+    ("status", "at_work"), [("initialized", True), ("", True), ("completed", False), ("stopped", False)]
+)
+def test_a_litmus_engine_on_the_target(status: str, at_work: bool) -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/litmuschaos.io/v1alpha1"] = {"resources": []}
+    engine = {
+        "metadata": {"name": "theirs", "namespace": "litmus"},
+        "spec": {"appinfo": {"appns": "ml"}, "engineState": "active"},
+        "status": {"engineStatus": status} if status else {},
+    }
+    cluster.places["/apis/litmuschaos.io/v1alpha1/chaosengines"] = [engine]
+    assert bool(asked(cluster)) is at_work
+
+
+def test_chaos_that_may_not_be_seen_is_not_taken_for_absent() -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/litmuschaos.io/v1alpha1"] = {"resources": []}
+    cluster.places["/apis/litmuschaos.io/v1alpha1/chaosengines"] = Forbidden("no", 403)
+    (said,) = asked(cluster)
+    assert said.startswith("no permission to list chaosengines, which may be at work on the target | ClusterRole: ")
+
+
+def test_controllers_that_put_an_object_back_are_told_apart_from_people() -> None:
+    by_hand: dict[str, Any] = {"metadata": {"managedFields": [{"manager": "kubectl-client-side-apply"}]}}
+    assert rivals.controllers(by_hand) == set()
+    by_hand["metadata"]["managedFields"].append({"manager": "argocd-controller"})
+    by_hand["metadata"]["labels"] = {"kustomize.toolkit.fluxcd.io/name": "apps"}
+    assert rivals.controllers(by_hand) == {"Argo CD", "Flux"}
+
+
+@pytest.mark.parametrize(
+    ("selector", "fits"),
+    [
+        ({}, True),
+        ({"matchLabels": {"app": "x"}}, True),
+        ({"matchLabels": {"app": "y"}}, False),
+        ({"matchExpressions": [{"key": "app", "operator": "In", "values": ["x", "z"]}]}, True),
+        ({"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["x"]}]}, False),
+        ({"matchExpressions": [{"key": "zone", "operator": "NotIn", "values": ["a"]}]}, True),
+        ({"matchExpressions": [{"key": "app", "operator": "DoesNotExist"}]}, False),
+        ({"matchExpressions": [{"key": "app", "operator": "New"}]}, False),
+    ],
+)
+def test_selectors_as_the_api_reads_them(selector: dict[str, Any], fits: bool) -> None:
+    assert preflight.selects(selector, {"app": "x"}) is fits
