@@ -67,7 +67,8 @@ class RequestProbe(Model):
     """The open-loop HTTP probe: real requests on a fixed schedule."""
 
     url: str
-    """`{gateway}` stands for the sandbox's gateway, `{edge}` for the HTTPS face before it."""
+    """`{gateway}` stands for the sandbox's gateway, `{edge}` for the HTTPS face before it; `{service:NAMESPACE/NAME:PORT}`
+    for a Service of the cluster, from inside it or through its NodePort or load balancer."""
     ca: str = ""
     """https: PEM file of the certificates to trust, with a list of revoked ones (CRL) if there is one; `{edge_ca}`: that
     of the sandbox's edge. Empty: what this machine trusts. Read again within half a second of being replaced."""
@@ -152,6 +153,9 @@ class KubernetesObjects(Model):
     """Of links and network faults: only traffic to these ports; empty: all."""
     path: str = ""
     """`model_corruption`: the file inside the container."""
+    replicas: str = ""
+    """Label selector of the pods whose number is told (`ready_replicas` and its like). Empty: the target's own pods; of
+    nodes and secrets, which have none, all pods of the namespace but those of jobs."""
 
 
 class Target(Model):
@@ -320,7 +324,35 @@ class Prometheus(Model):
     """Where PromQL is asked."""
 
     url: str
+    """`{service:NAMESPACE/NAME:PORT}` stands for a Service of the cluster."""
     timeout: Duration = 2.0
+
+
+class MetricSignal(Model):
+    """How one signal is read from what pods tell of themselves."""
+
+    metric: str = ""
+    """Name of the series, or with some of its labels (`gateway_requests_total{code="500"}`: the sum of all that match);
+    in a JSON answer names with dots between (`queue.backlog`). Empty: the signal's own name."""
+    reduce: Literal["max", "min", "sum", "mean"] = "max"
+    """Several pods as one. `sum` and `mean` want an answer of all that run, the others of one."""
+    kind: Literal["value", "total", "rate"] = "value"
+    """`total`: a counter, added up over pods and never falling, also when one begins anew. `rate`: its increase a second,
+    over the last second."""
+
+
+class PodMetrics(Model):
+    """Signals that pods tell of themselves over HTTP."""
+
+    select: Annotated[str, Field(min_length=1)]
+    """Label selector of the pods."""
+    namespace: str = ""
+    """Empty: `kubernetes.namespace`."""
+    port: Annotated[int, Field(ge=1, le=65535)]
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = "/metrics"
+    """What answers there in the text format of Prometheus, or as JSON."""
+    signals: Annotated[dict[str, MetricSignal], Field(min_length=1)]
+    """Name among the environment's `signals` → how it is read; `{}` where the series has the same name."""
 
 
 class Kubernetes(Model):
@@ -349,6 +381,8 @@ class Kubernetes(Model):
     """Node faults never hit the node that carries the sweeper."""
     request_timeout: Duration = 5.0
     """Bound of one call to the API server."""
+    metrics: tuple[PodMetrics, ...] = ()
+    """Signals beyond what the cluster itself tells, read from the pods."""
 
 
 class Environment(Model):
@@ -382,6 +416,9 @@ class Environment(Model):
         served: dict[str, str] = {}
         if "kubernetes" in self.backends and self.kubernetes is None:
             raise ValueError("backends: kubernetes needs kubernetes: {context: …, namespace: …}")
+        for i, metrics in enumerate(self.kubernetes.metrics if self.kubernetes else ()):
+            if unknown := sorted(set(metrics.signals) - set(self.signals)):
+                raise ValueError(f"kubernetes.metrics[{i}].signals: {unknown[0]} is not among signals")
         for backend, kinds in self.backends.items():
             for kind in kinds:
                 if kind in served:
