@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 from mlchaos_dagster.engine.ports import Budget, Driver, Health, RequestSource, SignalSource, StopSource, SystemClock
-from mlchaos_dagster.errors import ConfigError, DriverUnavailable, ProbeError, SpecError
+from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable, ProbeError, SpecError
 from mlchaos_dagster.settings import Home, Settings, resolved
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def prepare(environment: Environment, settings: Settings, experiment: Experiment
 
         try:
             remember(settings.home.cluster(environment.name), environment.kubernetes, settings.kubeconfig)
-        except DriverUnavailable as e:
+        except DriverError as e:
             raise ConfigError(f"the cluster of environment {environment.name}: {e}") from e
     if environment.sandbox is None:
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from mlchaos_dagster.cli.app import App, common, current, leave
+from mlchaos_dagster.domain.targets import listed
 
 _FREE_MIB = 200
 _MARK = {"ok": "✔ ok      ", "missing": "✘ missing ", "optional": "– optional"}
@@ -113,7 +114,7 @@ def _leases(app: App) -> Iterator[Finding]:
         if is_running(lease.owner):
             yield Finding("lease", "ok", f"{lease.id} is held by a live run of {lease.experiment}")
         else:
-            saw = f"{lease.id} ({lease.kind} on {', '.join(lease.targets)}): its run is gone"
+            saw = f"{lease.id} ({lease.kind} on {listed(lease.targets)}): its run is gone"
             yield Finding("lease", "missing", saw, f"mlchaos recover {lease.id}")
     if not leases:
         yield Finding("leases", "ok", "none open: nothing left behind")

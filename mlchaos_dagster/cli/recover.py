@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlchaos_dagster.cli.app import common, current, leave
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.errors import SpecError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def command(leases: tuple[str, ...], dry_run: bool, write_off: str | None) -> No
     )
     places.say_where()
     for r in found:
-        target = f"{r.lease.kind or 'unknown fault'} on {', '.join(r.lease.targets) or 'unknown targets'}"
+        target = f"{r.lease.kind or 'unknown fault'} on {listed(r.lease.targets) or 'unknown targets'}"
         took = f" in {r.seconds:.2f} s" if r.action == "recovered" else ""
         app.out(f"{r.action}{took}  lease {r.lease.id}: {target}; {r.why}")
         for line in (*r.evidence, *([r.error] if r.error else [])):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current, table
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.errors import MlChaosError, SpecError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _lease_table(leases: list[dict[str, Any]]) -> str:
             x["id"],
             x["experiment"],
             x["fault"],
-            ", ".join(x["targets"]),
+            listed(x["targets"]),
             f"{x['age_s']:.0f} s",
             f"pid {x['owner']['pid']}, {'alive' if x['owner']['alive'] else 'GONE'}",
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current, leave
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.errors import LeaseRefused, SpecError, StoreError
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def _lines(r: dict[str, Any]) -> list[str]:
             word = "told   " if r["clean"] else "UNCLEAN"
             return [f"{word}  {what}: {r['error']}", *([f"  type: {r['command']}"] if r["command"] else [])]
         return [f"stopped  {what}: after {r['seconds']:.2f} s", *evidence]
-    what = f"{r['experiment'] or 'lease ' + r['lease']}  {r['fault']} on {', '.join(r['targets']) or 'unknown targets'}"
+    what = f"{r['experiment'] or 'lease ' + r['lease']}  {r['fault']} on {listed(r['targets']) or 'unknown targets'}"
     if r["clean"]:
         return [f"stopped  {what}: clean after {r['seconds']:.2f} s, taken away by {r['taken_away_by']}", *evidence]
     return [f"UNCLEAN  {what}: the fault may be live ({r['error']})", f"  type: {r['command']}", *evidence]

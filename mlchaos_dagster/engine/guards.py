@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlchaos_dagster.domain.record import GuardResult
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.engine.active import ENDED
 from mlchaos_dagster.errors import DriverUnavailable, StoreError
@@ -146,7 +147,7 @@ def target_resolved(run: Run) -> GuardResult:
     return GuardResult(
         name="blast radius",
         passed=passed,
-        saw=f"{', '.join(run.targets)}: {run.experiment.blast_radius.words(len(run.targets), len(existing))}",
+        saw=f"{listed(run.targets, 10)}: {run.experiment.blast_radius.words(len(run.targets), len(existing))}",
         needs="" if passed else f"at most {limit} of a target (limits.max_fraction)",
     )
 
@@ -174,7 +175,7 @@ def target_free(run: Run) -> GuardResult:
             return GuardResult(
                 name="target free",
                 passed=False,
-                saw=f"{', '.join(sorted(shared))} held by {lease.experiment} (run {lease.run_id[:8]}, lease {lease.id})",
+                saw=f"{listed(sorted(shared))} held by {lease.experiment} (run {lease.run_id[:8]}, lease {lease.id})",
                 needs="that run to end, or `mlchaos recover` when its owner is gone",
             )
     return GuardResult(name="target free", passed=True, saw="no open lease on it")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from mlchaos_dagster.domain.faults import is_held
 from mlchaos_dagster.domain.record import RunRecord, Span, Verdict
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.domain.units import show_duration
 
 BandKind = Literal["baseline", "fault", "recovery"]
@@ -157,5 +158,5 @@ def _steady(record: RunRecord, verdict: Verdict) -> float | None:
 def _targets(record: RunRecord) -> str:
     assert record.fault
     targets = record.fault.targets
-    shown = ", ".join(targets[:2]) + (f" and {len(targets) - 2} more" if len(targets) > 2 else "")
+    shown = listed(targets, 2)
     return f"{shown} ({len(targets)} of {record.fault.existing})" if record.fault.existing else shown

@@ -16,6 +16,7 @@ from typing import Any, TextIO, TypeAlias
 
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.spec import Experiment, Objective, Quantity
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.domain.units import show_duration, show_value
 from mlchaos_dagster.evidence.rows import BREAKER_STATES, BROKEN, MET, limit_text, quantity_text
 from mlchaos_dagster.evidence.selection import shown_name
@@ -66,7 +67,7 @@ class LiveState:
         self.planned[self.phase] = float(data.get("seconds") or 0.0)
         self.elapsed.setdefault(self.phase, 0.0)
         if self.phase == "fault":
-            targets = ", ".join(data.get("targets") or ()) or self.experiment.target
+            targets = listed(data.get("targets") or ()) or self.experiment.target
             kind = data.get("kind") or self.experiment.fault.kind
             self.notes["fault"] = f"{'shadow, not injected: ' if self.shadow else ''}{kind} on {targets}"
 
@@ -291,7 +292,7 @@ def plain_line(kind: str, data: dict[str, Any]) -> str:
     if kind == "phase":
         seconds = data.get("seconds")
         length = f", {show_duration(float(seconds))}" if seconds else ""
-        targets = ", ".join(data.get("targets") or ())
+        targets = listed(data.get("targets") or ())
         on = f": {data.get('kind', 'fault')} on {targets}" if targets else ""
         return f"phase     {data.get('name', '')}{length}{on}"
     if kind == "guard":

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import RunRecord, Verdict
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.domain.units import show_duration, show_percent
 from mlchaos_dagster.evidence.expected import expectation_words
 from mlchaos_dagster.evidence.rows import size_text
@@ -197,7 +198,7 @@ def target_text(record: RunRecord) -> str:
     fault = record.fault
     if fault is None or not fault.targets:
         return record.experiment.target
-    shown = ", ".join(fault.targets[:6]) + (f" and {len(fault.targets) - 6} more" if len(fault.targets) > 6 else "")
+    shown = listed(fault.targets, 6)
     return f"{shown} ({len(fault.targets)} of {fault.existing})" if fault.existing else shown
 
 

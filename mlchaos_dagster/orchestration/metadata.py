@@ -18,6 +18,7 @@ from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import GuardResult, RunRecord, SliResult, Verdict
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.domain.units import show_duration, show_percent, show_value
 from mlchaos_dagster.evidence.selection import shown_slis, sli_label
 from mlchaos_dagster.orchestration.keys import outcome_word, python_name
@@ -206,7 +207,7 @@ def chaos_metadata(record: RunRecord, verdict: Verdict, picture: str) -> Metadat
         {
             "picture": dg.MetadataValue.md(picture) if picture else None,
             "slis": sli_table(record, verdict),
-            "fault": f"{fault.kind} by {fault.backend} on {', '.join(fault.targets)}" if fault else None,
+            "fault": f"{fault.kind} by {fault.backend} on {listed(fault.targets)}" if fault else None,
             "fault_confirmed": dg.MetadataValue.bool(fault.confirmed) if fault else None,
             "fault_evidence": dg.MetadataValue.md(_list(fault.evidence)) if fault and fault.evidence else None,
             "expectations": table(
