@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The end-to-end tests mostly wait; more workers than cores would make their probes late.
 WORKERS ?= 2
 
-.PHONY: help setup demo dev check test test-cluster teeth kills outcomes bench clean
+.PHONY: help setup demo dev check test cluster test-cluster teeth kills outcomes bench clean
 
 # What a run needs, and what its developers need: `make demo` does not wait for the second.
 RUN_STAMP := .venv/.set-up
@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 help:
 	@echo "make demo   one experiment on the sandbox, from set-up to report"
-	@echo "make test   the tests           make test-cluster  those that need KUBECONFIG   make check  lint, types, import contracts"
+	@echo "make test   the tests           make check  lint, types, import contracts"
+	@echo "make cluster  image, sweeper and platform onto the cluster of KUBECONFIG   make test-cluster  the tests on it"
 	@echo "make dev    the Dagster UI      make bench  all measurements (teeth, kills, outcomes: one by one)"
 	@echo "make clean  stop everything, then remove .venv and .mlchaos"
 
@@ -49,8 +50,21 @@ test: setup
 	$(BIN)/python -m pytest -m "not e2e and not cluster" -n $(WORKERS) tests
 	$(BIN)/python -m pytest -m e2e -n $(WORKERS) --dist loadfile tests
 
-# Takes any cluster: KUBECONFIG=… make test-cluster. It makes namespaces of its own and leaves nothing behind.
+# Our image, the sweeper and the platform on the cluster of KUBECONFIG. The image gets there by the local cluster's own tool; on
+# any other, build it from the Dockerfile, push it where that cluster finds it, and set it in the manifests.
+MLCHAOS_CLUSTER ?= ../shared/cluster
+cluster: setup
+	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make cluster'; exit 2; }
+	MLCHAOS_IMAGE_TOOL=$(MLCHAOS_CLUSTER)/image manifests/platform/build-image
+	kubectl apply -k manifests/kubernetes
+	kubectl apply -k manifests/platform
+	kubectl rollout status -n mlchaos-system deployment --timeout 120s
+	kubectl rollout status -n mlplatform deployment --timeout 240s
+
+# Takes any cluster that `make cluster` was run on. The tests make namespaces of their own and leave nothing behind; those that
+# add and kill nodes run where MLCHAOS_CLUSTER has a `node` command.
 test-cluster: setup
+	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make test-cluster'; exit 2; }
 	$(BIN)/python -m pytest -m "cluster" -n $(WORKERS) --dist loadfile --timeout 300 tests/cluster
 
 teeth: setup
