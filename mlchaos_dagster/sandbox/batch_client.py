@@ -21,6 +21,7 @@ from .background import background
 from .lifeline import Lifeline
 from .queue_server import BASE
 from .service import Service
+from .signal_gauges import export
 
 _EVERY_S = 0.1
 _AGAIN_S = (0.1, 0.3)
@@ -49,6 +50,7 @@ class Client:
         self._prefix = uuid.uuid4().hex[:8]
         self._rng = random.Random(service.config["seed"])
         self._jobs = Counter("batch_client_jobs", "Jobs by what became of them", ["result"], registry=service.registry)
+        export(service.registry, self.signals)
 
     def count(self, what: str) -> None:
         """Count one job."""
@@ -102,7 +104,7 @@ class Client:
                     epoch, after = answer["epoch"], 0
                 for event in answer["events"]:
                     after = max(after, event["number"])
-                    self._over(event["key"], event["state"], event["at"])
+                    self._over(event["key"], event["state"], time.monotonic() - event["age_s"])
             silent = [key for key, began in self.pending.items() if time.monotonic() - began > _ASK_AFTER_S]
             for key in silent[:20]:
                 await self._ask(key)
@@ -122,14 +124,22 @@ class Client:
         if state == "done":
             self.waits.append((at, at - began))
 
-    async def state(self, request: web.Request) -> web.Response:
-        """GET /state."""
+    def facts(self) -> dict[str, Any]:
+        """What GET /state tells."""
         now = time.monotonic()
         while self.waits and self.waits[0][0] < now - _RECENT_S:
             self.waits.popleft()
         waits = sorted(seconds for _, seconds in self.waits)
         p95 = waits[min(len(waits) - 1, int(0.95 * len(waits)))] if waits else None
-        return web.json_response({"pending": len(self.pending), "wait_p95_s": p95, **self.totals})
+        return {"pending": len(self.pending), "wait_p95_s": p95, **self.totals}
+
+    async def state(self, request: web.Request) -> web.Response:
+        """GET /state."""
+        return web.json_response(self.facts())
+
+    def signals(self) -> dict[str, float | None]:
+        """What /metrics tells under the names of signals."""
+        return {"job_wait": self.facts()["wait_p95_s"], "jobs_lost": self.totals["lost"] + self.totals["dropped"]}
 
 
 async def main(lifeline: Lifeline) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 _FORMAT = "<qqqqqqqqqddddd"
 _SIZE = struct.calcsize(_FORMAT)
+_RATE_LASTS_S = 1.0
 
 
 @dataclass
@@ -64,6 +66,9 @@ class ProgressFile(Progress):
         self.pid = 0
         self.write()
 
+    def recall(self) -> None:
+        """What an earlier process left was read when the file was opened."""
+
     def write(self) -> None:
         """Make it known."""
         struct.pack_into(_FORMAT, self._map, 0, *(getattr(self, field.name) for field in fields(Progress)))
@@ -80,3 +85,28 @@ def read(path: Path) -> Progress | None:
 def path_of(directory: Path, worker: str) -> Path:
     """Where a worker's progress is kept."""
     return directory / "training" / f"{worker}.progress"
+
+
+def summary(known: Mapping[str, Progress], alive: Collection[str], now: float) -> dict[str, float]:
+    """The gauges of training, over all workers.
+
+    Args:
+        known: progress of every worker that ever began to train.
+        alive: those of them whose process trains now.
+        now: on the clock of their moments.
+    """
+    # A dead worker is where it will resume from: all that was in its memory is gone.
+    steps = {name: p.step if name in alive else p.checkpoint_step for name, p in known.items()}
+    return {
+        "training_step": sum(steps.values()),
+        "training_step_rate": sum(
+            p.rate for name, p in known.items() if name in alive and now - p.updated_at < _RATE_LASTS_S
+        ),
+        "steps_behind": sum(max(0, p.best - steps[name]) for name, p in known.items()),
+        "lost_steps": max(p.lost_steps for p in known.values()),
+        "checkpoint_age": max(now - (p.checkpoint_at or p.started_at) for p in known.values()),
+        "checkpoints_skipped": sum(p.checkpoints_skipped for p in known.values()),
+        "training_loss": max(p.loss for p in known.values()),
+        "bad_shards": sum(p.bad_shards for p in known.values()),
+        "store_failures": sum(p.store_failures for p in known.values()),
+    }

@@ -24,6 +24,7 @@ from .background import background
 from .job_store import Job, JobStore
 from .lifeline import Lifeline
 from .service import Service
+from .signal_gauges import export
 
 _FULL = 60
 _TTL_S = 5.0
@@ -59,6 +60,7 @@ class Queue:
         registry = service.registry
         self._jobs = Counter("queue_jobs", "Jobs by what became of them", ["result"], registry=registry)
         Gauge("queue_backlog", "Jobs accepted and not over", registry=registry).set_function(lambda: self.backlog)
+        export(registry, self.signals)
 
     @property
     def backlog(self) -> int:
@@ -159,22 +161,34 @@ class Queue:
     async def results(self, request: web.Request) -> web.Response:
         """GET /results: what is over of the usual load, after a number; a new epoch begins at 1 again."""
         after = int(request.query.get("after", "0"))
-        events = [event for event in self.events if event["number"] > after]
+        now = time.monotonic()
+        events = [{**event, "age_s": now - event["at"]} for event in self.events if event["number"] > after]
         return web.json_response({"epoch": self.epoch, "events": events})
 
-    async def state(self, request: web.Request) -> web.Response:
-        """GET /state."""
+    def facts(self) -> dict[str, Any]:
+        """What GET /state tells."""
         since = time.monotonic() - _RATE_OVER_S
         while self.arrivals and self.arrivals[0][0] < since:
             self.arrivals.popleft()
-        return web.json_response(
-            {
-                "backlog": self.backlog,
-                "rejected_rate": sum(refused for _, _, refused in self.arrivals) / _RATE_OVER_S,
-                "others_rate": sum(not base for _, base, _ in self.arrivals) / _RATE_OVER_S,
-                **{f"{name}_total": value for name, value in self.totals.items()},
-            }
-        )
+        return {
+            "backlog": self.backlog,
+            "rejected_rate": sum(refused for _, _, refused in self.arrivals) / _RATE_OVER_S,
+            "others_rate": sum(not base for _, base, _ in self.arrivals) / _RATE_OVER_S,
+            **{f"{name}_total": value for name, value in self.totals.items()},
+        }
+
+    async def state(self, request: web.Request) -> web.Response:
+        """GET /state."""
+        return web.json_response(self.facts())
+
+    def signals(self) -> dict[str, float | None]:
+        """What /metrics tells under the names of signals; jobs lost are these and what the client misses."""
+        facts = self.facts()
+        return {
+            "backlog": facts["backlog"],
+            "jobs_rejected_rate": facts["rejected_rate"],
+            "jobs_dropped": facts["dropped_total"],
+        }
 
 
 async def main(lifeline: Lifeline) -> None:

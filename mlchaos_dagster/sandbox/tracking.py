@@ -6,7 +6,8 @@ kept once. GET /runs/{run}; GET /count?writer=&above=&up_to= (records kept with 
 
 What the active database has committed is then copied to the other one before the caller is told. Both are checked twice
 a second; what is damaged is not written to any more. ``failover``: with the primary damaged or out of reach the standby
-goes on (remembered over restarts), and the primary is used again once it is intact and has what it missed.
+goes on (remembered over restarts), and the primary is used again once it is intact and has what it missed. A database
+that came back as another file (its pod was replaced, its disk is gone) is one that missed everything.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from prometheus_client import Counter, Gauge
 from .background import background
 from .lifeline import Lifeline
 from .service import TOKEN_HEADER, Service
+from .signal_gauges import export
 from .tracking_db import INSERT, row
 
 _TRY_S = 0.3
@@ -40,6 +42,7 @@ _KEEP = 10_000
 _PRUNE_EVERY = 500
 _RATE_OVER_S = 3.0
 _UNANSWERED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)
+_REPLACED = "the primary is another database than before"
 
 
 class Failed(Exception):
@@ -63,6 +66,10 @@ class Store:
         self.good_checks = 0
         self.behind = True
         """It may lack what the other one has; true until it was compared."""
+        self.identity: int | None = None
+        """Of the file that answered last."""
+        self.replaced = False
+        """It is another file than the one that held our data, and has not got that yet."""
 
     async def ask(self, path: str, body: Any, within_s: float = _TRY_S) -> dict[str, Any]:
         """One request. Raises Failed."""
@@ -78,6 +85,10 @@ class Store:
             raise Failed(f"{self.key} does not answer: {type(error).__name__}") from error
         if response.status != 200:
             raise Failed(f"{self.key}: {answer.get('error')}", answer.get("kind") == "damaged")
+        if (identity := answer.get("identity")) is not None:
+            if self.identity not in (None, identity):
+                self.replaced = self.behind = True
+            self.identity = identity
         return answer
 
     async def execute(self, statements: list[Any], within_s: float = _TRY_S) -> dict[str, Any]:
@@ -109,6 +120,7 @@ class Tracking:
         )
         self._memory = Path(service.config["data"]) / "tracking-active.json"
         self._since_pruned = 0
+        self._merged = False
         self.on_standby = self.mechanisms["failover"] and self._remembered()
         registry = service.registry
         self._requests = Counter("tracking_requests", "Requests", ["code"], registry=registry)
@@ -118,6 +130,7 @@ class Tracking:
         Gauge("tracking_failovers", "Times the standby was promoted", registry=registry).set_function(
             lambda: self.totals["failovers"]
         )
+        export(registry, self.signals)
 
     # -- reading and writing ----------------------------------------------------------------------------------------
 
@@ -126,12 +139,15 @@ class Tracking:
         if self.on_standby:
             return await self._try(self.standby, statements)
         try:
-            return await self._try(self.primary, statements)
+            answer = await self._try(self.primary, statements)
+            if not self._must_leave():
+                return answer
+            await self._promote(_REPLACED)
         except Failed as error:
             if not self.mechanisms["failover"]:
                 raise
             await self._promote(str(error))
-            return await self._try(self.standby, statements)
+        return await self._try(self.standby, statements)
 
     async def write(self, writer: str, rows: list[list[Any]]) -> int:
         """Keep records, in one transaction; how many were new. Raises Failed."""
@@ -168,6 +184,10 @@ class Tracking:
 
     # -- failover ---------------------------------------------------------------------------------------------------
 
+    def _must_leave(self) -> bool:
+        """The primary lost what the standby has."""
+        return self.mechanisms["failover"] and self.primary.replaced and not self.standby.behind
+
     async def _promote(self, why: str) -> None:
         if not self.on_standby:
             self.on_standby = True
@@ -194,20 +214,27 @@ class Tracking:
             if self.mechanisms["failover"] and fit and (primary.problems or primary.failed_checks >= 2):
                 async with self.switching:
                     await self._promote("; ".join(primary.problems or ["it does not answer"]))
+            elif fit and self._must_leave():
+                async with self.switching:
+                    await self._promote(_REPLACED)
             elif fit and standby.behind and primary.problems == []:
+                if not self._merged:
+                    # Which of the two was in charge before us nobody may remember: no record is in one of them only.
+                    await self._copy(standby, primary)
+                    self._merged = True
                 await self._copy(primary, standby)
                 async with self.switching:
                     await self._copy(primary, standby)
-                    standby.behind = False
+                    standby.behind = standby.replaced = primary.replaced = False
         elif primary.good_checks >= 2 and standby.problems == []:
             await self._copy(standby, primary)  # most of it, while callers go on
             async with self.switching:
                 await self._copy(standby, primary)
-                primary.behind, self.on_standby = False, False
-                standby.behind = False
+                primary.behind = primary.replaced = self.on_standby = False
+                standby.behind = standby.replaced = False
                 self.totals["failbacks"] += 1
                 self._remember()
-        elif standby.problems and primary.problems == []:
+        elif (standby.problems or standby.replaced) and primary.problems == []:
             self.on_standby = False  # the better of two evils: what it lacks comes back with the standby
             self._remember()
 
@@ -305,24 +332,35 @@ class Tracking:
 
         return await self.answer(work())
 
-    async def state(self, request: web.Request) -> web.Response:
-        """GET /state."""
+    def facts(self) -> dict[str, Any]:
+        """What GET /state tells."""
         since = time.monotonic() - _RATE_OVER_S
         while self.answers and self.answers[0][0] < since:
             self.answers.popleft()
         failed = sum(not ok for _, ok in self.answers)
         intact = None if self.primary.problems is None else not self.primary.problems
-        return web.json_response(
-            {
-                "on_standby": self.on_standby,
-                "database_intact": intact,
-                "problems": self.primary.problems,
-                "standby_intact": None if self.standby.problems is None else not self.standby.problems,
-                "standby_behind": self.standby.behind,
-                "error_rate": failed / len(self.answers) if self.answers else None,
-                **{f"{name}_total": value for name, value in self.totals.items()},
-            }
-        )
+        return {
+            "on_standby": self.on_standby,
+            "database_intact": intact,
+            "problems": self.primary.problems,
+            "standby_intact": None if self.standby.problems is None else not self.standby.problems,
+            "standby_behind": self.standby.behind,
+            "error_rate": failed / len(self.answers) if self.answers else None,
+            **{f"{name}_total": value for name, value in self.totals.items()},
+        }
+
+    async def state(self, request: web.Request) -> web.Response:
+        """GET /state."""
+        return web.json_response(self.facts())
+
+    def signals(self) -> dict[str, float | None]:
+        """What /metrics tells under the names of signals."""
+        facts = self.facts()
+        return {
+            "database_intact": facts["database_intact"],
+            "on_standby": facts["on_standby"],
+            "tracking_error_rate": facts["error_rate"],
+        }
 
 
 async def main(lifeline: Lifeline) -> None:

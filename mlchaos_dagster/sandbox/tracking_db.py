@@ -2,7 +2,8 @@
 
 POST /execute {"statements": [[sql, [parameters]], …]}: one transaction; the rows of the last statement. POST /check:
 SQLite's quick check, the rows, and whether the newest records still have the checksum that they were written with. Both
-need the sandbox's token. An error says its ``kind``: ``damaged``, ``busy`` or ``sql``.
+need the sandbox's token. An error says its ``kind``: ``damaged``, ``busy`` or ``sql``. Each answer carries the file's
+``identity``, a number that was drawn when it was made: who kept data here sees when it is another file.
 """
 
 from __future__ import annotations
@@ -54,12 +55,17 @@ class Database:
     def __init__(self, path: Path, seed: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self.identity: int | None = None
+        """Of this file; None when it was damaged before it could be asked."""
         self._open()
         try:
             with self._connection:
                 self._connection.executescript(_SCHEMA)
                 if self._connection.execute("SELECT NOT EXISTS (SELECT 1 FROM records)").fetchone()[0]:
                     self._connection.executemany(INSERT, history(seed))
+                if not self._connection.execute("PRAGMA user_version").fetchone()[0]:
+                    self._connection.execute(f"PRAGMA user_version = {random.randint(1, 2**31 - 1)}")
+            self.identity = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
         except sqlite3.DatabaseError:
             pass  # damaged: whoever asks is told
 
@@ -125,7 +131,7 @@ async def main(lifeline: Lifeline) -> None:
             kind, status, said = "damaged", 500, str(error)
         else:
             asked.labels("ok").inc()
-            return web.json_response(found)
+            return web.json_response({**found, "identity": database.identity})
         totals["errors"] += 1
         asked.labels(kind).inc()
         return web.json_response({"error": said, "kind": kind}, status=status)

@@ -23,6 +23,7 @@ from .checkpoints import Shelf
 from .learner import Learner
 from .lifeline import Lifeline
 from .progress import ProgressFile, path_of
+from .remote_progress import RemoteProgress
 from .s3 import S3, S3Error, S3Unavailable
 from .shard_reader import ShardReader
 
@@ -32,6 +33,7 @@ _CHECKPOINT_S = 2.0
 _READ_S = 2.5
 _AGAIN_S = 0.5
 _TRIES = 8
+_TERMINATED = 128 + 15
 _STORE_DOWN = (S3Error, S3Unavailable)
 _T = TypeVar("_T")
 
@@ -48,11 +50,16 @@ class Trainer:
             say: takes (ready, reason).
         """
         name, token, mechanisms = str(config["name"]), str(config["token"]), config["mechanisms"]
-        number = int(name.rpartition("-")[2]) - 1
+        # A supervisor counts its workers from 1, an indexed Job from 0: each has its own share either way.
+        number = (int(name.rpartition("-")[2]) - 1) % WORKERS
         self._patient = bool(mechanisms["retries"])
         tries = _TRIES if self._patient else 1
         sandbox = int.from_bytes(hashlib.sha256(token.encode()).digest()[:7], "big")
-        self.progress = ProgressFile(path_of(Path.cwd(), name), sandbox)
+        self.progress: ProgressFile | RemoteProgress
+        if status := dict(config.get("peers") or {}).get("training_status"):
+            self.progress = RemoteProgress(status, token, name)
+        else:
+            self.progress = ProgressFile(path_of(Path.cwd(), name), sandbox)
         self.learner = Learner(int(config["seed"]), number)
         # A client each: a long read must not keep a checkpoint waiting.
         self.data = S3(address, token, tries=tries)
@@ -73,6 +80,7 @@ class Trainer:
             BadShard: without validation, data that cannot be read ends the worker.
             S3Error, S3Unavailable: without retries, the first request that fails does.
         """
+        await asyncio.to_thread(self.progress.recall)
         before = self.progress.step
         if self.keeps_checkpoints:
             self._say(False, "looking for the last checkpoint")
@@ -80,7 +88,9 @@ class Trainer:
             if found is not None:
                 self.learner.restore(found.state)
                 self.resumed_from = found.step
-                self.progress.checkpoint_at = float(found.state["saved_at"])
+                # The wall clock: another machine's monotonic one begins elsewhere.
+                age_s = max(0.0, time.time() - float(found.state["saved_at"]))
+                self.progress.checkpoint_at = time.monotonic() - age_s
         self._say(False, "reading the training data")
         await self._until_answered(self.reader.read)
         self._begin(before)
@@ -165,7 +175,7 @@ class Trainer:
         while True:
             await asyncio.sleep(_CHECKPOINT_S)
             step, saved_at = self.learner.step_number, time.monotonic()
-            state = {**self.learner.state(), "saved_at": np.array(saved_at)}
+            state = {**self.learner.state(), "saved_at": np.array(time.time())}
             if step == self.progress.checkpoint_step:
                 continue
             try:
@@ -227,4 +237,5 @@ async def main(lifeline: Lifeline) -> None:
     tasks: list[asyncio.Task[None]] = []
     service.app.router.add_get("/state", state)
     await service.serve(started)
-    os._exit(0)  # threads may be waiting for a store that is gone
+    # Not 0, for training is not done: a Job would take it for completed. At once: threads may wait for a store that is gone.
+    os._exit(_TERMINATED)

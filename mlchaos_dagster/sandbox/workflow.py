@@ -28,6 +28,7 @@ from .breaker import Breaker
 from .lifeline import Lifeline
 from .outbox import Outbox
 from .service import Service
+from .signal_gauges import export
 
 _EVERY_S = 0.5
 _CALL_S = 1.5
@@ -74,6 +75,7 @@ class Workflow:
             ("workflow_spool", "Records that wait", lambda: len(self.outbox or ())),
         ):
             Gauge(name, text, registry=registry).set_function(read)
+        export(registry, self.signals)
 
     @property
     def lost(self) -> int:
@@ -190,8 +192,8 @@ class Workflow:
 
     # -- what is seen of it -----------------------------------------------------------------------------------------
 
-    async def state(self, request: web.Request) -> web.Response:
-        """GET /state."""
+    def facts(self) -> dict[str, Any]:
+        """What GET /state tells."""
         now = time.monotonic()
         while self.finished and self.finished[0] < now - _RATE_OVER_S:
             self.finished.popleft()
@@ -199,20 +201,33 @@ class Workflow:
             self.waits.popleft()
         waits = sorted(seconds for _, seconds in self.waits)
         known = now - self._started >= _RATE_OVER_S
-        return web.json_response(
-            {
-                "runs_total": self.totals["runs"],
-                "logged_total": self.totals["logged"],
-                "given_up_total": self.totals["given_up"],
-                "missing": self.missing,
-                "lost": self.lost,
-                "spool_length": len(self.outbox or ()),
-                "breaker": self.breaker.state,
-                "breaker_value": _BREAKER_VALUES[self.breaker.state],
-                "rate": len(self.finished) / _RATE_OVER_S if known else None,
-                "log_p95_s": waits[min(len(waits) - 1, int(0.95 * len(waits)))] if waits else None,
-            }
-        )
+        return {
+            "runs_total": self.totals["runs"],
+            "logged_total": self.totals["logged"],
+            "given_up_total": self.totals["given_up"],
+            "missing": self.missing,
+            "lost": self.lost,
+            "spool_length": len(self.outbox or ()),
+            "breaker": self.breaker.state,
+            "breaker_value": _BREAKER_VALUES[self.breaker.state],
+            "rate": len(self.finished) / _RATE_OVER_S if known else None,
+            "log_p95_s": waits[min(len(waits) - 1, int(0.95 * len(waits)))] if waits else None,
+        }
+
+    async def state(self, request: web.Request) -> web.Response:
+        """GET /state."""
+        return web.json_response(self.facts())
+
+    def signals(self) -> dict[str, float | None]:
+        """What /metrics tells under the names of signals."""
+        facts = self.facts()
+        return {
+            "workflow_rate": facts["rate"],
+            "spool_length": facts["spool_length"],
+            "lost_metrics": facts["lost"],
+            "tracking_breaker": facts["breaker_value"],
+            "tracking_latency": facts["log_p95_s"],
+        }
 
 
 def _record(run: str, kind: str, body: dict[str, Any]) -> Record:
