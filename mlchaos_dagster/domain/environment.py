@@ -360,6 +360,9 @@ class Kubernetes(Model):
 
     context: str = ""
     """Of the kubeconfig; empty: the service account of the pod that this runs in."""
+    uid: str = ""
+    """Of the cluster, as `kubectl get namespace kube-system -o jsonpath={.metadata.uid}` prints it. With it no other
+    cluster is ever touched, whatever a context leads to, and the same file serves in a pod of that cluster."""
     kubeconfig: str = ""
     """`file:PATH`; empty: `KUBECONFIG`, else `~/.kube/config`."""
     namespace: Annotated[str, Field(min_length=1)]

@@ -19,6 +19,9 @@ from mlchaos_dagster.errors import ConfigError, DriverUnavailable
 from mlchaos_dagster.kube.client import NAME, Cluster
 
 
+IN_A_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+
 def connect(options: Kubernetes) -> Cluster:
     """The cluster, not asked yet. Raises ConfigError: no such file or context."""
     kubeconfig = options.kubeconfig.removeprefix("file:")
@@ -38,10 +41,17 @@ def remember(path: Path, options: Kubernetes, default_kubeconfig: str = "") -> C
         ConfigError: the context does not exist, or it now leads to another cluster while leases are kept for the old.
         DriverUnavailable: the cluster did not answer.
     """
-    if options.context and not options.kubeconfig and default_kubeconfig:
-        options = options.model_copy(update={"kubeconfig": f"file:{Path(default_kubeconfig).absolute()}"})
+    if options.context and not options.kubeconfig:
+        if default_kubeconfig:
+            options = options.model_copy(update={"kubeconfig": f"file:{Path(default_kubeconfig).absolute()}"})
+        elif options.uid and IN_A_POD.exists():
+            options = options.model_copy(update={"context": ""})
     cluster = connect(options)
     uid = cluster.identity()
+    if options.uid and options.uid != uid:
+        raise ConfigError(
+            f"{options.context or 'this pod'} leads to the cluster {uid}. Allowed: {options.uid} (kubernetes.uid)"
+        )
     before = _read(path)
     if before is not None and before["uid"] != uid:
         raise ConfigError(

@@ -74,6 +74,16 @@ def test_a_context_that_leads_to_another_cluster_than_before(
     one_line(err, "leads to another cluster than before", "0000-another")
 
 
+def test_a_cluster_that_is_not_the_one_the_environment_names(
+    tmp_path: Path, namespace: str, context: str, kubeconfig: str
+) -> None:
+    written = environment(namespace, context, kubeconfig)
+    written["kubernetes"]["uid"] = "1234-production"
+    code, _, err = CommandLine(tmp_path, written)("run", "web-down")
+    assert code == USAGE
+    one_line(err, "leads to the cluster", "Allowed: 1234-production")
+
+
 def test_credentials_that_are_refused(tmp_path: Path, namespace: str, context: str, kubeconfig: str) -> None:
     config = yaml.safe_load(Path(kubeconfig).read_text())
     config["users"] = [{"name": u["name"], "user": {"token": "expired"}} for u in config["users"]]
