@@ -19,6 +19,7 @@ import asyncio
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import Counter, Gauge, Histogram
 
+from .background import background
 from .breaker import Breaker
+from .discovery import follow
 from .feature_checks import REASONS, Checks, Schema, Vector, imputed
 from .lifeline import Lifeline
 from .service import Service
@@ -262,7 +265,7 @@ class Gateway:
             finally:
                 replica.pending -= 1
             replica.breaker.record(True)
-            return answer, replica.name
+            return answer, str(answer.get("replica") or replica.name)
         raise Unanswered(503, reason)
 
     async def _jitter(self) -> None:
@@ -354,16 +357,24 @@ class Gateway:
     async def endpoints(self, request: web.Request) -> web.Response:
         """Take the supervisor's word on where upstreams are, and which replicas are ready or isolated."""
         wanted = await request.json()
-        first, self.store_url = not self.store_url, wanted["feature_store"]
-        for name in set(self.replicas) - set(wanted["replicas"]):
+        self.use_replicas(wanted["replicas"])
+        self.use_store(wanted["feature_store"])
+        return web.json_response({"ok": True})
+
+    def use_replicas(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """All replicas there are from now on: name → ``url``, ``ready``, ``isolated``."""
+        for name in set(self.replicas) - set(wanted):
             self._ejected_before += self.replicas.pop(name).breaker.opened_total
-        for name, known in wanted["replicas"].items():
+        for name, known in wanted.items():
             replica = self.replicas.setdefault(name, Replica(name, self._new_breaker()))
             replica.url, replica.ready, replica.isolated = known["url"], known["ready"], known["isolated"]
-        if first and self.store_url:
+
+    def use_store(self, url: str) -> None:
+        """Where the feature store is from now on; the first time its rows are read into the cache."""
+        first, self.store_url = not self.store_url, url
+        if first and url:
             self._started = time.monotonic()
             self._priming = asyncio.get_running_loop().create_task(self.prime())
-        return web.json_response({"ok": True})
 
 
 async def main(lifeline: Lifeline) -> None:
@@ -375,5 +386,11 @@ async def main(lifeline: Lifeline) -> None:
     service.app.router.add_get("/state", gateway.state)
     service.app.router.add_put("/endpoints", service.guarded(gateway.endpoints))
     gateway.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    async def started() -> None:
+        if service.peers:
+            background(follow(service.peers["inference"], gateway.use_replicas))
+            gateway.use_store(service.peers["feature_store"])
+
     async with gateway.session:
-        await service.serve()
+        await service.serve(started)

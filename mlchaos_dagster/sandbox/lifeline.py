@@ -36,6 +36,10 @@ class Lifeline:
         except OSError:
             os._exit(0)  # nobody listens: the supervisor is gone
 
+    def listen(self) -> socket.socket:
+        """The socket this process serves on: loopback, on the port of its former life if that is still free."""
+        return listen(int(self.config.get("port") or 0))
+
 
 def attach() -> Lifeline:
     """Bind this process's life to its supervisor; call first, before slow imports."""

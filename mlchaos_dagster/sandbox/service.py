@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from .lifeline import Lifeline, listen
+from .lifeline import Lifeline
 
 TOKEN_HEADER = "X-Sandbox-Token"
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -28,10 +28,14 @@ class Service:
         self.app = web.Application()
         self.ready = False
         self.reason = "starting"
+        self.draining = False
         self._ready_gauge = Gauge("sandbox_ready", "1 when this process is ready for traffic", registry=self.registry)
-        self.peers: dict[str, str] = {}
+        self.peers: dict[str, str] = dict(self.config.get("peers") or {})
         """Where others are, as the supervisor told: key → URL, empty while there is none."""
         self.peers_known = asyncio.Event()
+        if self.peers:
+            self.peers_known.set()
+        self.app.on_response_prepare.append(self._part_company)
         self.app.router.add_put("/peers", self.guarded(self._take_peers))
         self.app.router.add_get("/healthz", self._healthz)
         self.app.router.add_get("/readyz", self._readyz)
@@ -39,6 +43,8 @@ class Service:
 
     def set_ready(self, ready: bool = True, reason: str = "ok") -> None:
         """Change readiness; ``reason`` is what /readyz says."""
+        if self.draining:
+            ready, reason = False, "draining"
         changed = ready != self.ready
         self.ready, self.reason = ready, reason
         self._ready_gauge.set(1 if ready else 0)
@@ -64,13 +70,25 @@ class Service:
             loop.add_signal_handler(number, stop.set)
         runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=0.2)
         await runner.setup()
-        sock = listen(int(self.config.get("port") or 0))
+        sock = self.lifeline.listen()
         await web.SockSite(runner, sock).start()
         self.lifeline.report(port=sock.getsockname()[1])
         if started is not None:
             await started()
         await stop.wait()
+        await self._drain(float(self.config.get("drain_s") or 0))
         await runner.cleanup()
+
+    async def _drain(self, for_s: float) -> None:
+        """Not ready any more, but still answering: for as long as others may not know yet that this process goes."""
+        self.draining = True
+        self.set_ready(False)
+        await asyncio.sleep(for_s)
+
+    async def _part_company(self, request: web.Request, response: web.StreamResponse) -> None:
+        """While draining each answer is a connection's last: its client goes elsewhere before we are gone."""
+        if self.draining:
+            response.force_close()
 
     async def _take_peers(self, request: web.Request) -> web.Response:
         self.peers = await request.json()
