@@ -183,11 +183,21 @@ class Cluster:
         """A part of an object; `how` is merge, strategic, json or apply. With `metadata.resourceVersion`: fenced."""
         return self._json("PATCH", path, query, body, content_type=_PATCH[how])
 
-    def delete(self, path: str, *, uid: str = "", grace_s: int | None = None, propagation: str = "Background") -> bool:
-        """Remove an object; of that uid only. False when it was gone (or is another one by now)."""
-        body: dict[str, Any] = {"propagationPolicy": propagation}
-        if uid:
-            body["preconditions"] = {"uid": uid}
+    def delete(
+        self,
+        path: str,
+        *,
+        uid: str = "",
+        resource_version: str = "",
+        grace_s: int | None = None,
+        propagation: str = "Background",
+    ) -> bool:
+        """Remove an object; of that uid only. False when it was gone (or is another one by now).
+
+        Raises:
+            Conflict: with a resource version, when somebody changed the object since (or replaced it).
+        """
+        body: dict[str, Any] = {"propagationPolicy": propagation, **_preconditions(uid, resource_version)}
         if grace_s is not None:
             body["gracePeriodSeconds"] = grace_s
         try:
@@ -195,18 +205,21 @@ class Cluster:
         except NotFound:
             return False
         except Conflict:
-            if uid:
+            if uid and not resource_version:
                 return False
             raise
         return True
 
-    def evict(self, namespace: str, name: str, *, uid: str = "", grace_s: int | None = None) -> bool:
+    def evict(
+        self, namespace: str, name: str, *, uid: str = "", resource_version: str = "", grace_s: int | None = None
+    ) -> bool:
         """Through the eviction API, which respects PodDisruptionBudgets. False when it was gone.
 
         Raises:
             ApiRefused: code 429, a budget does not allow it now.
+            Conflict: as `delete`.
         """
-        options: dict[str, Any] = {"preconditions": {"uid": uid}} if uid else {}
+        options: dict[str, Any] = _preconditions(uid, resource_version)
         if grace_s is not None:
             options["gracePeriodSeconds"] = grace_s
         body = {
@@ -220,7 +233,7 @@ class Cluster:
         except NotFound:
             return False
         except Conflict:
-            if uid:
+            if uid and not resource_version:
                 return False
             raise
         return True
@@ -533,6 +546,11 @@ def _refusal(code: int, status: Mapping[str, Any], method: str, path: str, retry
         return Forbidden(f"not allowed: {message}", code, reason)
     kinds = {404: NotFound, 409: Conflict, 410: Gone}
     return kinds.get(code, ApiRefused)(f"{method} {path}: {message} ({code})", code, reason, wait)
+
+
+def _preconditions(uid: str, resource_version: str) -> dict[str, Any]:
+    wanted = {"uid": uid, "resourceVersion": resource_version}
+    return {"preconditions": found} if (found := {k: v for k, v in wanted.items() if v}) else {}
 
 
 def _exit_code(status: str) -> int:

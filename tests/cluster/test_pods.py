@@ -1,0 +1,354 @@
+"""Faults on pods and workloads, seen by kubectl and HTTP; recovered, killed and woken late from other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mlchaos_dagster.domain.environment import Kubernetes, Target
+from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.errors import InjectFailed
+from mlchaos_dagster.kube.client import Site
+from tests.cluster.conftest import TARGET_IMAGE, Faulting, deploy, eventually, kubectl, objects, pods, ready
+
+OTHER = """
+import json, sys
+from mlchaos_dagster.domain.environment import Kubernetes
+from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+from mlchaos_dagster.engine.ports import Lease, Owner
+from mlchaos_dagster.errors import LeaseRefused, MlChaosError
+from mlchaos_dagster.kube import leases
+from mlchaos_dagster.kube.client import Cluster
+
+told = json.loads(sys.stdin.readline())
+options = Kubernetes.model_validate(told["options"])
+lease = Lease(**{**told["lease"], "targets": tuple(told["lease"]["targets"]), "owner": Owner(**told["lease"]["owner"])})
+driver = KubernetesDriver.at(Cluster(options.context, options.kubeconfig.removeprefix("file:")), options)
+asked = 0
+
+def held(site, lease):
+    global asked
+    asked += 1
+    if told["pause"] == "held":
+        if asked > 1:
+            raise LeaseRefused("taken over meanwhile")
+        print("paused", flush=True)
+        sys.stdin.readline()
+
+def step(done, total):
+    if told["pause"] == "step":
+        print("paused", flush=True)
+        sys.stdin.readline()
+
+leases.held = held
+try:
+    getattr(driver, told["verb"])(lease, step)
+    print("done", flush=True)
+except MlChaosError as e:
+    print(f"{type(e).__name__}: {e}", flush=True)
+"""
+"""Another process that knows the lease and nothing else. `pause: held`: it sleeps between asking for its lease and its
+first change, and finds the lease taken over when it asks again; `pause: step`: after its first target."""
+
+
+@contextmanager
+def another(verb: str, lease: Lease, options: Kubernetes, pause: str = "") -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        told = {"verb": verb, "lease": dataclasses.asdict(lease), "pause": pause}
+        process.stdin.write(json.dumps({**told, "options": options.model_dump(mode="json")}) + "\n")
+        process.stdin.flush()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def elsewhere(verb: str, lease: Lease, options: Kubernetes) -> str:
+    """What a verb says when another process calls it."""
+    with another(verb, lease, options) as process:
+        return read(process)
+
+
+def read(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> str:
+    """Wake a paused process; its last word."""
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return read(process)
+
+
+def uids(namespace: str, selector: str) -> set[str]:
+    return {p["metadata"]["uid"] for p in pods(namespace, selector)}
+
+
+def uid_of(lease: Lease) -> set[str]:
+    return {target.partition("@")[2] for target in lease.targets}
+
+
+def spec_of(pod: dict[str, Any]) -> dict[str, Any]:
+    """What recovery must leave as it was."""
+    meta = pod["metadata"]
+    return {"images": [c["image"] for c in pod["spec"]["containers"]], "annotations": meta.get("annotations", {})}
+
+
+def answers(pod: dict[str, Any]) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{pod['status']['podIP']}:8080/", timeout=1) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def all_ready(namespace: str, selector: str, count: int) -> bool:
+    found = pods(namespace, selector)
+    return len(found) == count and all(ready(p) and answers(p) for p in found)
+
+
+def stateful(namespace: str, name: str = "db", replicas: int = 1) -> str:
+    selector = deploy(namespace, name, replicas)
+    found = objects("deployment", namespace)[0]
+    kubectl("delete", "-n", namespace, f"deployment/{name}", "--wait=true")
+    template = found["spec"]["template"]
+    body = {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": name},
+        "spec": {
+            "replicas": replicas,
+            "serviceName": name,
+            "selector": found["spec"]["selector"],
+            "template": {"metadata": {"labels": template["metadata"]["labels"]}, "spec": template["spec"]},
+        },
+    }
+    kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(body))
+    eventually(lambda: all_ready(namespace, selector, replicas))
+    return selector
+
+
+# -- pod_delete -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.req("R1-01")
+def test_deleted_pods_go_and_others_come(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    selector = deploy(namespace, replicas=2)
+    lease = faulting.lease("pod_delete", selector, count=1, interval_s=None, signal="kill")
+    before = uids(namespace, selector)
+    driver.inject(lease)
+    seen = driver.active(lease)
+    assert seen.effective and not seen.present, seen
+    assert not uid_of(lease) & uids(namespace, selector)
+    assert before - uid_of(lease) <= uids(namespace, selector), "an untouched pod is gone"
+    eventually(lambda: all_ready(namespace, selector, 2))
+    now = uids(namespace, selector)
+    assert elsewhere("inject", lease, options) == "done", "inject twice"
+    driver.recover(lease)
+    driver.recover(lease)
+    assert uids(namespace, selector) == now, "what replaced the frozen pod was hit"
+
+
+def test_an_interval_hits_the_replacements_until_recover(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting
+) -> None:
+    selector = deploy(namespace, replicas=3)
+    lease = faulting.lease("pod_delete", selector, count=1, interval_s=2.0, signal="kill")
+    before = uids(namespace, selector)
+    driver.inject(lease)
+    first = eventually(lambda: uids(namespace, selector) - before)
+    eventually(lambda: not first & uids(namespace, selector), within=8)
+    assert before - uid_of(lease) <= uids(namespace, selector), "more than the replacement of the frozen pod was hit"
+    eventually(lambda: driver.active(lease).present and driver.active(lease).effective)
+    driver.recover(lease)
+    assert not driver.active(lease).present
+    eventually(lambda: all_ready(namespace, selector, 3))
+    now = uids(namespace, selector)
+    time.sleep(2.5)  # the thing to see is that nothing happens
+    assert uids(namespace, selector) == now
+
+
+def test_an_interval_ends_at_its_deadline(namespace: str, driver: KubernetesDriver, faulting: Faulting) -> None:
+    selector = deploy(namespace, replicas=1)
+    lease = faulting.lease("pod_delete", selector, duration_s=1.5, interval_s=1.0, signal="kill")
+    driver.inject(lease)
+    eventually(lambda: not driver.active(lease).present, within=5)
+    assert "2 rounds" in driver.active(lease).lines[0]
+
+
+def test_a_budget_refuses_the_eviction(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, site: Site
+) -> None:
+    selector = deploy(namespace, replicas=2)
+    lease = faulting.lease("pod_delete", selector, count=1, interval_s=None, signal="kill", evict=True)
+    kubectl("create", "pdb", "keep", "-n", namespace, f"--selector={selector}", "--min-available=2")
+    eventually(lambda: objects("pdb", namespace)[0]["status"].get("currentHealthy") == 2)
+    before = uids(namespace, selector)
+    with pytest.raises(InjectFailed, match=f"PodDisruptionBudget {namespace}/keep does not let"):
+        driver.inject(lease)
+    assert uids(namespace, selector) == before
+    target = Target(select=selector)
+    willing = KubernetesDriver.at(site.cluster, site.options.model_copy(update={"ignore_budgets": True}))
+    said = willing.preflight("pod_delete", lease.targets, driver.resolve(target), lease.params, target=target)
+    assert [o.saw for o in said] == [f"PodDisruptionBudget {namespace}/keep allows 0 evictions now, and 1 are wanted"]
+    kubectl("delete", "pdb", "keep", "-n", namespace)
+    driver.inject(lease)
+    assert not uid_of(lease) & uids(namespace, selector)
+
+
+def test_a_pod_that_nobody_brings_back_is_refused(namespace: str, driver: KubernetesDriver) -> None:
+    kubectl("run", "alone", "-n", namespace, f"--image={TARGET_IMAGE}", "--command", "--", "sleep", "1000")
+    eventually(lambda: all(ready(p) for p in pods(namespace, "run=alone")))
+    target = Target(select="run=alone")
+    ids = driver.resolve(target)
+    said = driver.preflight("pod_delete", ids, ids, {"interval_s": None, "signal": "kill"}, target=target)
+    assert any("would not come back: no controller owns it" in o.saw for o in said), said
+
+
+def test_a_replacement_of_the_same_name_is_not_the_frozen_pod(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    selector = stateful(namespace)
+    lease = faulting.lease("pod_delete", selector, interval_s=None, signal="kill")
+    failure = faulting.lease("pod_failure", selector)
+    kubectl("delete", "pod", "db-0", "-n", namespace, "--grace-period=0", "--force")
+    eventually(lambda: all_ready(namespace, selector, 1))
+    before = pods(namespace, selector)[0]
+    driver.inject(lease)
+    driver.inject(failure)
+    assert driver.active(lease).effective, "the frozen pod is gone, whoever deleted it"
+    seen = driver.active(failure)
+    assert not seen.present and not seen.effective and "what replaced it is untouched" in seen.lines[0]
+    assert elsewhere("recover", failure, options) == "done"
+    after = pods(namespace, selector)[0]
+    assert (after["metadata"]["uid"], spec_of(after)) == (before["metadata"]["uid"], spec_of(before))
+
+
+# -- killed, late, twice: all of them -------------------------------------------------------------------------------
+
+HELD = {"pod_failure": {}, "scale_to_zero": {}}
+
+
+@pytest.mark.parametrize("kind", ["pod_delete", "pod_failure"])
+def test_a_process_that_wakes_up_after_recover_changes_nothing(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes, kind: str
+) -> None:
+    selector = deploy(namespace, replicas=1)
+    params = {"interval_s": None, "signal": "kill"} if kind == "pod_delete" else {}
+    lease = faulting.lease(kind, selector, **params)
+    before = pods(namespace, selector)[0]
+    with another("inject", lease, options, pause="held") as late:
+        assert read(late) == "paused"
+        driver.recover(lease)
+        assert go_on(late) == "LeaseRefused: taken over meanwhile"
+    after = pods(namespace, selector)[0]
+    assert (after["metadata"]["uid"], spec_of(after)) == (before["metadata"]["uid"], spec_of(before))
+    assert not driver.active(lease).effective
+
+
+# -- pod_failure ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.req("R1-01")
+def test_failed_pods_are_down_for_the_window_and_serve_again(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    selector = deploy(namespace, replicas=2)
+    lease = faulting.lease("pod_failure", selector, count=1)
+    before = {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)}
+
+    def hit() -> dict[str, Any]:
+        return next(p for p in pods(namespace, selector) if p["metadata"]["uid"] in uid_of(lease))
+
+    driver.inject(lease)
+    eventually(lambda: driver.active(lease).effective, within=5)
+    assert not answers(hit()) and not ready(hit())
+    driver.inject(lease)
+    eventually(lambda: driver.active(lease).effective, within=5)
+    others = [p for p in pods(namespace, selector) if p["metadata"]["uid"] not in uid_of(lease)]
+    assert len(others) == 1 and answers(others[0]), "only the frozen pod is down, and nobody replaced it"
+    time.sleep(3)  # the thing to see is that it stays down
+    assert not answers(hit())
+    began = time.monotonic()
+    assert elsewhere("recover", lease, options) == "done"
+    assert not driver.active(lease).present
+    eventually(lambda: all_ready(namespace, selector, 2), within=10)
+    assert time.monotonic() - began < 10
+    assert {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)} == before
+    driver.recover(lease)
+    assert {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)} == before
+
+
+def test_a_pod_that_the_kubelet_would_start_late_is_replaced(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting
+) -> None:
+    selector = deploy(namespace, replicas=1)
+    first = faulting.lease("pod_failure", selector)
+    for lease in (first, second := dataclasses.replace(first, id=first.id + "-2")):
+        driver.inject(lease)
+        eventually(lambda lease=lease: driver.active(lease).effective, within=5)
+        driver.recover(lease)
+        assert not driver.active(lease).present
+        eventually(lambda: all_ready(namespace, selector, 1), within=8)
+    assert not uid_of(second) & uids(namespace, selector), (
+        "it came back in time without being replaced: test another way"
+    )
+
+
+def test_killed_between_two_pods_the_rest_is_untouched_and_all_comes_back(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    selector = deploy(namespace, replicas=2)
+    lease = faulting.lease("pod_failure", selector)
+    before = {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)}
+    with another("inject", lease, options, pause="step") as owner:
+        assert read(owner) == "paused"
+        owner.kill()
+    held = [p for p in pods(namespace, selector) if "mlchaos.dev/lease" in p["metadata"].get("annotations", {})]
+    assert len(held) == 1 and driver.active(lease).present
+    driver.recover(lease)
+    assert not driver.active(lease).present
+    eventually(lambda: all_ready(namespace, selector, 2), within=10)
+    assert {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)} == before
+
+
+def test_a_failed_pod_that_is_deleted_meanwhile_leaves_nothing(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    selector = deploy(namespace, replicas=1)
+    lease = faulting.lease("pod_failure", selector)
+    driver.inject(lease)
+    eventually(lambda: driver.active(lease).effective, within=5)
+    kubectl("delete", "deployment/web", "-n", namespace, "--wait=true")
+    eventually(lambda: not objects("pods", namespace, selector))
+    seen = driver.active(lease)
+    assert not seen.present and not seen.effective
+    assert elsewhere("recover", lease, options) == "done"
+
+
+def test_the_pod_itself_tells_how_it_is_mended(namespace: str, driver: KubernetesDriver, faulting: Faulting) -> None:
+    selector = deploy(namespace, replicas=1)
+    lease = faulting.lease("pod_failure", selector)
+    driver.inject(lease)
+    lost = dataclasses.replace(lease, undo={**lease.undo, "fault": {"images": {}}})
+    driver.recover(lost)
+    assert [c["image"] for c in pods(namespace, selector)[0]["spec"]["containers"]] == [TARGET_IMAGE]
+    assert not driver.active(lease).present
