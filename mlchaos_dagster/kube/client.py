@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,6 +117,14 @@ class Cluster:
             return self._json("GET", path, query)
         except NotFound:
             return None
+
+    def get_text(self, path: str, **query: str) -> str:
+        """A body as it is: what a pod says through the proxy subresource, a log."""
+        response = self._call("GET", path, query)
+        try:
+            return cast(bytes, response.data).decode(errors="replace")
+        finally:
+            response.release_conn()
 
     def list(self, path: str, *, labels: str = "", fields: str = "") -> list[dict[str, Any]]:
         """All objects of a collection that match, page by page."""
@@ -498,8 +507,18 @@ def _configuration(context: str, kubeconfig: str) -> Any:
     except Exception as e:  # a file that is no YAML, a key that is not there
         raise ConfigError(f"kubeconfig {kubeconfig or 'of this user'} cannot be read: {_first_line(e)}") from e
     configuration.connection_pool_maxsize = 32
+    configuration.socket_options = _keepalive()
     configuration.retries = False
     return configuration
+
+
+def _keepalive() -> list[tuple[int, int, int]]:
+    """A watch whose server is gone without a word would wait for hours: after 6 s without an answer it breaks."""
+    options = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
+        if (option := getattr(socket, name, None)) is not None:  # not on every system
+            options.append((socket.IPPROTO_TCP, option, value))
+    return options
 
 
 def _timeout(connect_s: float, read_s: float) -> Any:
