@@ -29,6 +29,7 @@ COMMANDS = {
     "status": (_HERE + "status", "Show what runs, open leases, lever, health and budget."),
     "stop": (_HERE + "stop", "Stop one run, or everything, and wait until it is clean."),
     "recover": (_HERE + "recover", "Take away faults whose owner is gone."),
+    "clean": (_HERE + "clean", "Remove everything of ours from a cluster."),
     "report": (_HERE + "report", "Show the report of a run."),
     "history": (_HERE + "history", "List past runs and their outcomes."),
     "sandbox": (_HERE + "sandbox", "Start, stop and look at the embedded ML platform."),

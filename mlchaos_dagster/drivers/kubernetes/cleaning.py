@@ -1,0 +1,168 @@
+"""Removing everything of ours from a cluster: faults first and with proof, then what is left of them, then the installation.
+
+Works without any state directory: from leases in the cluster, and where those are lost from the marks and labels alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from mlchaos_dagster.drivers.kubernetes import leftovers
+from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+from mlchaos_dagster.drivers.kubernetes.faults import handler
+from mlchaos_dagster.drivers.kubernetes.handler import Injection
+from mlchaos_dagster.drivers.kubernetes.leftovers import Leftover
+from mlchaos_dagster.engine.incidents import IncidentLog
+from mlchaos_dagster.engine.ports import Clock, Driver, Lease, Owner, no_step
+from mlchaos_dagster.engine.sweep import RenewalObserver, SweepResult, sweep
+from mlchaos_dagster.errors import DriverError
+from mlchaos_dagster.kube.client import Site
+from mlchaos_dagster.kube.leases import ClusterLedger
+from mlchaos_dagster.kube.refs import Ref
+
+_MENDS = {
+    "pod": "pod_failure",
+    "deployment": "scale_to_zero",
+    "statefulset": "scale_to_zero",
+    "node": "node_drain",
+    "secret": "credential_rotation",
+}
+"""Kind of a marked object → a fault whose handler takes such marks off, from what the object itself says."""
+_HELPERS = "network_partition"
+"""A fault whose handler ends helper containers."""
+_GONE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one thing."""
+
+    what: str
+    action: Literal["removed", "would remove", "mended", "would mend", "left", "failed"]
+    why: str = ""
+
+
+class Cleaner:
+    """One call of `mlchaos clean`.
+
+    Args:
+        site: The cluster.
+        clock: For waiting.
+        incidents: Faults that were taken away are told there.
+        force: Reason that makes leases of live runs due, too; empty: they are left alone.
+        dry_run: Change nothing.
+        installation: Remove sweeper, permissions and the control namespace as well.
+    """
+
+    def __init__(
+        self, site: Site, clock: Clock, incidents: IncidentLog, *, force: str, dry_run: bool, installation: bool
+    ) -> None:
+        self.site, self.clock, self.incidents = site, clock, incidents
+        self.force, self.dry_run, self.installation = force, dry_run, installation
+        self.ledger = ClusterLedger(site.cluster, site.options.control_namespace, clock)
+
+    def rows(self) -> Iterator[Row]:
+        """Everything, in the order in which it is done.
+
+        Raises:
+            DriverUnavailable: the cluster did not answer; what was done so far is done.
+            ApiRefused: something may not be seen; it is not called clean.
+        """
+        swept = self._sweep()
+        yield from map(self._swept, swept)
+        due = {result.lease.id for result in swept}
+        live = {lease.id for lease in self.ledger.leases()} - due
+        yield from (Row(f"lease {i}", "left", "its run is alive; --force takes its fault away") for i in sorted(live))
+        told = live | due if self.dry_run else live
+        for found in list(leftovers.find(self.site.cluster)):
+            if found.lease not in told and not _of(found, told):
+                yield from self._one(found)
+
+    def _sweep(self) -> list[SweepResult]:
+        def build(name: str, environment: str) -> Driver:
+            return KubernetesDriver.at(self.site.cluster, self.site.options)
+
+        observer = RenewalObserver(self.ledger, self.clock, self.site.options.sweeper_ttl)
+        return sweep(
+            self.ledger,
+            build,
+            self.clock,
+            self.incidents,
+            dry_run=self.dry_run,
+            force=self.force,
+            observer=None if self.force else observer,
+            by="mlchaos clean",
+        )
+
+    def _swept(self, result: SweepResult) -> Row:
+        what = f"{result.lease.kind or 'unknown fault'} of lease {result.lease.id}"
+        if result.action == "would recover":
+            return Row(what, "would mend", result.why)
+        if result.clean:
+            return Row(what, "mended", "; ".join(result.evidence))
+        return Row(what, "failed", result.error)
+
+    def _one(self, found: Leftover) -> Iterator[Row]:
+        if found.how == "object" and not found.lease and not self.installation:
+            return
+        mends = found.how != "object"
+        if self.dry_run:
+            yield Row(found.shown, "would mend" if mends else "would remove")
+            return
+        try:
+            done = self._mend(found) if mends else self._remove(found)
+        except DriverError as e:
+            yield Row(found.shown, "failed", str(e))
+            return
+        yield Row(
+            found.shown, ("mended" if mends else "removed") if done else "failed", "" if done else "it is still there"
+        )
+
+    def _remove(self, found: Leftover) -> bool:
+        self.site.cluster.delete(found.path, uid=found.uid)
+        return found.kind == "namespace" or self._until(lambda: self.site.cluster.get(found.path) is None)
+
+    def _mend(self, found: Leftover) -> bool:
+        """From the object's own marks: its lease is lost."""
+        kind = _HELPERS if found.how == "helper" else _MENDS[found.kind]
+        ref = Ref(found.kind, found.namespace, found.name, found.uid)
+        injection = Injection(_lost(found.lease, kind, ref), (ref,), {})
+        handler(kind).recover(self.site, injection, no_step)
+        return self._until(
+            lambda: not any(o.uid == found.uid for o in leftovers.find(self.site.cluster) if o.how == found.how)
+        )
+
+    def _until(self, done: Callable[[], bool]) -> bool:
+        end = time.monotonic() + _GONE_S
+        while not done():
+            if time.monotonic() > end:
+                return False
+            self.clock.sleep(0.2)
+        return True
+
+
+def _of(found: Leftover, leases: set[str]) -> bool:
+    """Whether a helper container belongs to one of these leases: its name ends with a part of the id."""
+    return found.how == "helper" and any(lease.endswith(found.lease.rpartition("-")[2]) for lease in leases)
+
+
+def _lost(lease_id: str, kind: str, ref: Ref) -> Lease:
+    """A lease of which only the mark on an object is left."""
+    return Lease(
+        id=lease_id,
+        run_id="",
+        experiment="",
+        environment="",
+        driver="kubernetes",
+        kind=kind,
+        targets=(str(ref),),
+        params={},
+        undo={},
+        duration_s=0.0,
+        opened_wall=0.0,
+        deadline_wall=0.0,
+        owner=Owner(pid=0, started=0.0, boot_id="", host=""),
+    )
