@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from mlchaos_dagster import wiring
 from mlchaos_dagster.engine.incidents import IncidentLog
-from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Driver, Lease, Owner, SystemClock
 from mlchaos_dagster.engine.processes import SystemProcesses
 from mlchaos_dagster.engine.watchdog import BEAT_BYTES, GIVE_UP_S, TICK_S, Pipe, Watchdog
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watchdog = Watchdog(
         options.run_id,
         Owner(**json.loads(options.owner)),
-        FileLedger(home.ledger, clock),
+        wiring.ledger(home),
         prepared,
         clock,
         IncidentLog(home.incidents, clock),

@@ -15,14 +15,27 @@ from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
-from mlchaos_dagster.engine.ports import Budget, Driver, Health, RequestSource, SignalSource, StopSource, SystemClock
+from mlchaos_dagster.engine.ports import (
+    Budget,
+    Driver,
+    Health,
+    Lease,
+    RequestSource,
+    SignalSource,
+    StopSource,
+    SystemClock,
+    Watcher,
+)
 from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable, ProbeError, SpecError
 from mlchaos_dagster.settings import Home, Settings, resolved
 
 if TYPE_CHECKING:
     from mlchaos_dagster.domain.environment import Environment
     from mlchaos_dagster.domain.spec import Experiment
+    from mlchaos_dagster.engine.paired import PairedLedger
     from mlchaos_dagster.engine.run import Run
+    from mlchaos_dagster.kube.leases import ClusterLedger
+    from mlchaos_dagster.kube.pulse import Pulse
     from mlchaos_dagster.probes.prometheus import PrometheusProbe
     from mlchaos_dagster.sandbox.client import SandboxClient
     from mlchaos_dagster.sandbox.config import SandboxConfig
@@ -70,6 +83,59 @@ def driver(name: str, home: Home, environment: str) -> Driver:
     module, _, attribute = DRIVERS[name].partition(":")
     build = getattr(importlib.import_module(module), attribute)
     return cast(Driver, build(home.cluster(environment) if name in _ON_CLUSTERS else home.sandbox(environment)))
+
+
+def ledger(home: Home, environment: Environment | None = None) -> PairedLedger:
+    """The leases of a state directory, and for those of clusters the ledger there: for runs and for all who clean up.
+
+    Nothing of a cluster is imported or asked before a lease of one is met.
+
+    Args:
+        home: State directory.
+        environment: Of a run: unreadable leases in its cluster keep it out, too.
+    """
+    from mlchaos_dagster.engine.ledger import FileLedger
+    from mlchaos_dagster.engine.paired import RENEWED_WITHIN_S, PairedLedger
+
+    known: dict[tuple[str, str], ClusterLedger] = {}
+    lock = threading.Lock()
+
+    def there(name: str, namespace: str = "") -> ClusterLedger:
+        with lock:
+            if (name, namespace) not in known:
+                made = cluster_ledger(home, name, namespace)
+                known[name, namespace] = known.setdefault((name, made.namespace), made)
+            return known[name, namespace]
+
+    def remote(lease: Lease) -> ClusterLedger | None:
+        if lease.driver not in _ON_CLUSTERS:
+            return None
+        options: dict[str, Any] = lease.undo.get("options") or {}  # as they were when it was opened
+        return there(lease.environment, str(options.get("control_namespace", "")))
+
+    options = environment.kubernetes if environment is not None else None
+    return PairedLedger(
+        FileLedger(home.ledger, SystemClock()),
+        remote,
+        guard=lambda: there(environment.name) if environment is not None and options is not None else None,
+        renewed_within_s=options.sweeper_ttl / 3 if options is not None else RENEWED_WITHIN_S,
+    )
+
+
+def cluster_ledger(home: Home, environment: str, namespace: str = "") -> ClusterLedger:
+    """The ledger in the cluster of an environment, in `namespace` (empty: its control namespace).
+
+    Raises:
+        DriverUnavailable: no cluster is known for it, it does not answer, or it is another one now.
+    """
+    from mlchaos_dagster.kube.address import recall
+    from mlchaos_dagster.kube.leases import ClusterLedger
+
+    cluster, options, uid = recall(home.cluster(environment))
+    found = cluster.identity()
+    if found != uid:
+        raise DriverUnavailable(f"context {options.context} leads to another cluster now (uid {found}, was {uid})")
+    return ClusterLedger(cluster, namespace or options.control_namespace, SystemClock())
 
 
 def prepare(environment: Environment, settings: Settings, experiment: Experiment | None = None) -> None:
@@ -169,7 +235,7 @@ def build_run(
     """
     from mlchaos_dagster.engine.active import ActiveRuns
     from mlchaos_dagster.engine.incidents import IncidentLog
-    from mlchaos_dagster.engine.ledger import FileLedger
+    from mlchaos_dagster.engine.paired import PairedWatcher
     from mlchaos_dagster.engine.processes import current_owner
     from mlchaos_dagster.engine.run import Kit, Run, quiet
     from mlchaos_dagster.engine.stops import FileStop, LeaseStop, SignalStop, StopFiles
@@ -186,16 +252,22 @@ def build_run(
     environment = environment.facing(experiment.target)
     prepare(environment, settings, experiment)
     clock, owner, stop_files = SystemClock(), current_owner(), StopFiles(home)
-    ledger = FileLedger(home.ledger, clock)
+    leases = ledger(home, environment)
+    pulse = _pulse(home, environment, run_id, leases)
+
+    def start_watcher() -> Watcher:
+        watchdog = start_watchdog(
+            home, run_id, owner, environment=environment.name, lease_ttl_s=environment.safety.lease_ttl
+        )
+        return watchdog if pulse is None or backend not in _ON_CLUSTERS else PairedWatcher(watchdog, pulse)
+
     kit = Kit(
         clock=clock,
         driver=driver(backend, home, environment.name),
         requests=request_source(environment, home),
         signals=signal_source(environment, home),
-        ledger=ledger,
-        start_watcher=lambda: start_watchdog(
-            home, run_id, owner, environment=environment.name, lease_ttl_s=environment.safety.lease_ttl
-        ),
+        ledger=leases,
+        start_watcher=start_watcher,
         owner=owner,
         health=health_reader(environment, settings),
         budget=budget_reader(environment, settings),
@@ -205,7 +277,7 @@ def build_run(
         active=ActiveRuns(home.active, clock),
         stop_files=stop_files,
         backups=home.backups,
-        stops=[FileStop(stop_files, run_id), LeaseStop(ledger, run_id), *stops],
+        stops=[FileStop(stop_files, run_id), LeaseStop(leases, run_id), *([pulse] if pulse else []), *stops],
         signals_deferred=lambda: cast("AbstractContextManager[StopSource]", SignalStop()),
         background=in_thread,
         versions=versions(),
@@ -219,6 +291,26 @@ def build_run(
         seed=seed,
         started_by=started_by or settings.user,
         progress=progress or quiet,
+    )
+
+
+def _pulse(home: Home, environment: Environment, run_id: str, leases: PairedLedger) -> Pulse | None:
+    """What a run hears from its cluster; None without one. Asks nobody yet, but who the cluster is."""
+    options = environment.kubernetes
+    if options is None:
+        return None
+    from mlchaos_dagster.kube.pulse import Pulse
+
+    try:
+        there = cast("ClusterLedger", leases.guard())
+    except DriverUnavailable as e:
+        raise ConfigError(f"the cluster of environment {environment.name}: {e}") from e
+    return Pulse(
+        there.cluster,
+        options.control_namespace,
+        SystemClock(),
+        options.sweeper_ttl,
+        stop=lambda: there.stop_requested(run_id),
     )
 
 

@@ -202,11 +202,13 @@ def watcher_alive(run: Run) -> GuardResult:
     end = clock.monotonic() + WATCHER_START_S
     while not (alive := watcher.alive()) and clock.monotonic() < end:
         clock.sleep(0.02)
+    why_not = "" if alive else str(getattr(watcher, "why_not", ""))
+    needs = why_not or "a watchdog process that can start (see its log in the ledger directory)"
     return GuardResult(
         name="watcher alive",
         passed=alive,
         saw="its heart beats" if alive else f"no heartbeat within {WATCHER_START_S:g} s",
-        needs="" if alive else "a watchdog process that can start (see its log in the ledger directory)",
+        needs="" if alive else needs,
     )
 
 

@@ -224,7 +224,7 @@ class Watch:
         """The first reason to end it now: somebody's word, a lost watchdog, a crossed limit, blindness."""
         return (
             self.stop_asked(t)
-            or (_watcher_lost(t) if watcher is not None and not watcher.alive() else None)
+            or (_watcher_lost(t, watcher) if watcher is not None and not watcher.alive() else None)
             or self.limits(t, trackers, self.live.values(t) if values is None else values)
             or self.blind(t)
         )
@@ -299,5 +299,6 @@ class Watch:
         )
 
 
-def _watcher_lost(t: float) -> AbortFacts:
-    return AbortFacts(cause="watcher", reason="the watchdog's heartbeat was lost", breach_at=t)
+def _watcher_lost(t: float, watcher: Watcher) -> AbortFacts:
+    which = getattr(watcher, "why_not", "")
+    return AbortFacts(cause="watcher", reason=f"a heartbeat was lost: {which or 'the watchdog process'}", breach_at=t)

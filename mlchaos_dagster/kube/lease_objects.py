@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from mlchaos_dagster.engine.ports import Lease, Owner
 from mlchaos_dagster.kube import labels
-from mlchaos_dagster.kube.objects import Object, items, mapping, text
+from mlchaos_dagster.kube.objects import Object, text
 
 ABOUT = "mlchaos.dev/"
 """Prefix of our annotations."""
@@ -234,11 +234,6 @@ def secret_content(found: Mapping[str, Any] | None) -> bytes | None:
         return base64.b64decode(text(found, "data", "lease"), validate=True) or None
     except ValueError:
         return None
-
-
-def holders(found: Mapping[str, Any]) -> list[Object]:
-    """Owner references of an object."""
-    return items(mapping(found, "metadata"), "ownerReferences")
 
 
 def _whole(word: str) -> int:

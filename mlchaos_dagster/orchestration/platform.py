@@ -13,7 +13,7 @@ from mlchaos_dagster.domain.record import RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
-from mlchaos_dagster.engine.ledger import FileLedger
+from mlchaos_dagster.engine.paired import PairedLedger
 from mlchaos_dagster.engine.ports import Budget, Lease, StopSource, SystemClock
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
@@ -136,8 +136,10 @@ class RealPlatform:
         """Open leases."""
         return self._ledger().leases()
 
-    def _ledger(self) -> FileLedger:
-        return FileLedger(self.settings.home.ledger, SystemClock())
+    def _ledger(self) -> PairedLedger:
+        from mlchaos_dagster import wiring
+
+        return wiring.ledger(self.settings.home)
 
     def running(self) -> tuple[str, ...]:
         """Active runs, of any process."""
