@@ -67,7 +67,7 @@ class ExecResult:
     """What a command in a container said."""
 
     code: int
-    """-1 when it was cut off by the time limit."""
+    """-1 when it was cut off by the time limit, or not even started; `err` says why."""
     out: str
     err: str
 
@@ -440,7 +440,8 @@ class ExecStream:
         out = str(self._socket.read_stdout(timeout=0) or "")
         if not status:
             raise DriverUnavailable(f"the command in {self.where} broke off", driver=NAME, verb="exec")
-        return ExecResult(_exit_code(status), out, err)
+        code = _exit_code(status)
+        return ExecResult(code, out, err or ("" if code >= 0 else _why(status)))
 
     def close(self) -> None:
         """End its standard input and the connection."""
@@ -584,6 +585,14 @@ def _exit_code(status: str) -> int:
         if cause.get("reason") == "ExitCode":
             return int(cause.get("message", -1))
     return -1
+
+
+def _why(status: str) -> str:
+    """Why a command was not even started."""
+    try:
+        return str(json.loads(status).get("message") or status)
+    except ValueError:
+        return status
 
 
 def _first_line(error: BaseException) -> str:
