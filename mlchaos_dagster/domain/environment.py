@@ -153,6 +153,10 @@ class KubernetesObjects(Model):
     """Of links and network faults: only traffic to these ports; empty: all."""
     path: str = ""
     """`model_corruption`: the file inside the container."""
+    key: str = ""
+    """`credential_rotation`: the key of the Secret whose value is replaced. Who verifies accepts `KEY.previous`, too."""
+    ca: str = ""
+    """`certificate_rotation`: name of the Secret with the CA that signs (`ca.crt` and `ca.key`, or `tls.crt` and `tls.key`)."""
     replicas: str = ""
     """Label selector of the pods whose number is told (`ready_replicas` and its like). Empty: the target's own pods; of
     nodes and secrets, which have none, all pods of the namespace but those of jobs."""
