@@ -9,7 +9,6 @@ import importlib
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from mlchaos_dagster.domain.spec import Experiment
     from mlchaos_dagster.engine.paired import PairedLedger
     from mlchaos_dagster.engine.run import Run
+    from mlchaos_dagster.kube.client import Cluster
     from mlchaos_dagster.kube.leases import ClusterLedger
     from mlchaos_dagster.kube.pulse import Pulse
     from mlchaos_dagster.probes.prometheus import PrometheusProbe
@@ -265,11 +265,11 @@ def build_run(
         clock=clock,
         driver=driver(backend, home, environment.name),
         requests=request_source(environment, home),
-        signals=signal_source(environment, home),
+        signals=signal_source(environment, home, experiment.target),
         ledger=leases,
         start_watcher=start_watcher,
         owner=owner,
-        health=health_reader(environment, settings),
+        health=health_reader(environment, settings, experiment.target),
         budget=budget_reader(environment, settings),
         store=RecordStore(home.records),
         incidents=IncidentLog(home.incidents, clock),
@@ -391,7 +391,15 @@ def probe_url(environment: Environment, home: Home) -> str:
 
 
 def filled(text: str, environment: Environment, home: Home) -> str:
-    """Text with the sandbox's places filled in. Raises ProbeError when it is not up, or not with that part."""
+    """Text with the places of the sandbox and of the cluster's Services filled in.
+
+    Raises:
+        ProbeError: the sandbox is not up, or not with that part; a Service cannot be reached from here.
+    """
+    if "{service:" in text:
+        from mlchaos_dagster.probes import kubernetes_service
+
+        text = kubernetes_service.filled(text, lambda: _cluster(environment, home))
     wanted = [place for place in _PLACES if place in text]
     end = time.monotonic() + _TOLD_WITHIN_S
     while wanted:
@@ -442,9 +450,15 @@ def probe_headers(environment: Environment, home: Home | None = None) -> dict[st
     return found
 
 
-def signal_source(environment: Environment, home: Home) -> SignalSource:
-    """Gauges of the sandbox, and one per PromQL SLI."""
-    from mlchaos_dagster.probes.signals import PolledSignals
+def signal_source(environment: Environment, home: Home, target: str = "") -> SignalSource:
+    """Gauges of the sandbox or of the cluster, and one per PromQL SLI.
+
+    Args:
+        environment: Where.
+        home: State of this machine.
+        target: Name of what the experiment hits; on a cluster its replicas are the ones that are told.
+    """
+    from mlchaos_dagster.probes.signals import MergedSignals, PolledSignals
 
     interval = environment.sampling.signal_interval
     readers: list[tuple[Callable[[], Mapping[str, float]], float]] = []
@@ -456,8 +470,42 @@ def signal_source(environment: Environment, home: Home) -> SignalSource:
         for name, sli in environment.slis.items():
             if sli.query is not None:
                 names.add(f"sli:{name}")
-                readers.append((_promql(environment, name, sli.query), max(1.0, interval)))
-    return PolledSignals(readers, sorted(names))
+                readers.append((_promql(environment, home, name, sli.query), max(1.0, interval)))
+    polled = PolledSignals(readers, sorted(names))
+    return MergedSignals([polled, *_cluster_signals(environment, home, target)]) if environment.kubernetes else polled
+
+
+def _cluster_signals(environment: Environment, home: Home, target: str) -> list[SignalSource]:
+    """What the cluster tells of the target, and what pods tell of themselves."""
+    from mlchaos_dagster.probes.kubernetes import KubernetesSignals
+    from mlchaos_dagster.probes.kubernetes_metrics import PodSignals
+
+    options, interval = environment.kubernetes, environment.sampling.signal_interval
+    assert options is not None
+    cluster, pulse = _cluster(environment, home), _cluster(environment, home, timeout_s=1.0)
+    told = {name for entry in options.metrics for name in entry.signals}
+    found: list[SignalSource] = [
+        KubernetesSignals(
+            cluster, pulse, options, environment.targets.get(target), set(environment.signals) - told, interval
+        )
+    ]
+    if options.metrics:
+        found.append(PodSignals(cluster, options, environment.signals, interval))
+    return found
+
+
+def _cluster(environment: Environment, home: Home, timeout_s: float | None = None) -> Cluster:
+    """A connection to the environment's cluster, the remembered one if there is one. Raises ProbeError: there is none."""
+    from mlchaos_dagster.kube.address import connect, recall
+
+    if environment.kubernetes is None:
+        raise ProbeError(f"environment {environment.name} has no cluster (kubernetes: {{context: …, namespace: …}})")
+    try:
+        path = home.cluster(environment.name)
+        options = recall(path)[1] if path.exists() else environment.kubernetes
+        return connect(options if timeout_s is None else options.model_copy(update={"request_timeout": timeout_s}))
+    except (DriverUnavailable, ConfigError) as e:
+        raise ProbeError(f"the cluster of environment {environment.name}: {e}") from e
 
 
 def _client(environment: Environment, home: Home) -> SandboxClient:
@@ -476,9 +524,10 @@ def _platform(client: SandboxClient) -> dict[str, float]:
 
 
 def _gateway(client: SandboxClient) -> Callable[[], dict[str, float]]:
+    from mlchaos_dagster.probes.signals import Rate
     from mlchaos_dagster.sandbox.config import SandboxError
 
-    retries = _Rate()
+    retries = Rate()
 
     def read() -> dict[str, float]:
         try:
@@ -497,46 +546,30 @@ def _gateway(client: SandboxClient) -> Callable[[], dict[str, float]]:
     return read
 
 
-class _Rate:
-    """A counter's increase a second, over the last `over_s`.
-
-    A counter that grows now and then is higher in any window than in the baseline before; its rate can be compared.
-    """
-
-    def __init__(self, over_s: float = 1.0) -> None:
-        self.over_s = over_s
-        self._seen: deque[tuple[float, float]] = deque()
-
-    def add(self, at: float, value: float) -> float | None:
-        """Take a reading; None until `over_s` are covered (at the start, and after the counter began anew)."""
-        if self._seen and value < self._seen[-1][1]:
-            self._seen.clear()
-        self._seen.append((at, value))
-        while len(self._seen) > 1 and at - self._seen[1][0] >= self.over_s:
-            self._seen.popleft()
-        since, before = self._seen[0]
-        return (value - before) / (at - since) if at - since >= self.over_s else None
-
-
-def _promql(environment: Environment, name: str, query: str) -> Callable[[], dict[str, float]]:
-    probe = _prometheus(environment)
+def _promql(environment: Environment, home: Home, name: str, query: str) -> Callable[[], dict[str, float]]:
+    probes: list[PrometheusProbe] = []
 
     def read() -> dict[str, float]:
-        reading = probe.instant(query)
+        if not probes:  # not before the run has begun: Prometheus may be found through the cluster
+            probes.append(_prometheus(environment, home))
+        reading = probes[0].instant(query)
         return {} if reading is None else {f"sli:{name}": reading.value}
 
     return read
 
 
-def _prometheus(environment: Environment) -> PrometheusProbe:
+def _prometheus(environment: Environment, home: Home) -> PrometheusProbe:
     from mlchaos_dagster.probes.prometheus import PrometheusConfig, PrometheusProbe
 
     assert environment.prometheus is not None
-    return PrometheusProbe(PrometheusConfig(url=environment.prometheus.url, timeout_s=environment.prometheus.timeout))
+    url = filled(environment.prometheus.url, environment, home)
+    return PrometheusProbe(PrometheusConfig(url=url, timeout_s=environment.prometheus.timeout))
 
 
-def health_reader(environment: Environment, settings: Settings) -> Callable[[], Health]:
+def health_reader(environment: Environment, settings: Settings, target: str = "") -> Callable[[], Health]:
     """System health score 0–1: the worse of answered requests and ready replicas, seen just now.
+
+    On a cluster replicas are those of `target`, or of all targets where none is named.
 
     The reader raises ProbeError when nothing can be asked; the guard then refuses.
     """
@@ -562,6 +595,12 @@ def health_reader(environment: Environment, settings: Settings) -> Callable[[], 
             ready = min(1.0, signals["ready_replicas"] / wanted)
             score = min(score, ready)
             detail += f", {signals['ready_replicas']:g} of {wanted} replicas ready"
+        if environment.kubernetes is not None:
+            from mlchaos_dagster.probes.kubernetes_health import replicas_ready
+
+            chosen = [t for name, t in environment.targets.items() if target in ("", name)]
+            ready, said = replicas_ready(_cluster(environment, settings.home), environment.kubernetes, chosen)
+            score, detail = min(score, ready), f"{detail}, {said}"
         return Health(score, detail)
 
     return read
@@ -582,11 +621,13 @@ def budget_reader(environment: Environment, settings: Settings) -> Callable[[], 
 
         if declared.source == "prometheus":
             assert declared.total is not None and declared.bad is not None
-            probe = _prometheus(environment)
+            probe = _prometheus(environment, settings.home)
             readings = [probe.instant(declared.total), probe.instant(declared.bad)]
             if readings[0] is None or readings[1] is None:
                 raise ProbeError("error budget: Prometheus has no value for it now")
             total, bad = readings[0].value, readings[1].value
+        elif environment.sandbox is None:
+            raise ProbeError("error budget: only the sandbox counts requests itself. Allowed here: source: prometheus")
         else:
             from mlchaos_dagster.sandbox.config import SandboxError
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from mlchaos_dagster.domain.record import SignalSample
+from mlchaos_dagster.engine.ports import SignalSource
 
 Read = Callable[[], Mapping[str, float]]
 
@@ -62,3 +64,44 @@ class PolledSignals:
         for thread in self._threads:
             thread.join(0.5)
         return self.drain()
+
+
+class MergedSignals:
+    """Several sources as one."""
+
+    def __init__(self, sources: Sequence[SignalSource]) -> None:
+        self.sources = list(sources)
+
+    def start(self, zero: float) -> None:
+        """Begin with all."""
+        for source in self.sources:
+            source.start(zero)
+
+    def drain(self) -> list[SignalSample]:
+        """New readings of all since the last call."""
+        return [sample for source in self.sources for sample in source.drain()]
+
+    def stop(self) -> list[SignalSample]:
+        """Stop all; the rest."""
+        return [sample for source in self.sources for sample in source.stop()]
+
+
+class Rate:
+    """A counter's increase a second, over the last `over_s`.
+
+    A counter that grows now and then is higher in any window than in the baseline before; its rate can be compared.
+    """
+
+    def __init__(self, over_s: float = 1.0) -> None:
+        self.over_s = over_s
+        self._seen: deque[tuple[float, float]] = deque()
+
+    def add(self, at: float, value: float) -> float | None:
+        """Take a reading; None until `over_s` are covered (at the start, and after the counter began anew)."""
+        if self._seen and value < self._seen[-1][1]:
+            self._seen.clear()
+        self._seen.append((at, value))
+        while len(self._seen) > 1 and at - self._seen[1][0] >= self.over_s:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return (value - before) / (at - since) if at - since >= self.over_s else None

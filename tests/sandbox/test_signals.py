@@ -8,8 +8,9 @@ import pytest
 
 from mlchaos_dagster.catalog import Catalog
 from mlchaos_dagster.domain.record import SignalSample
+from mlchaos_dagster.probes.signals import Rate
 from mlchaos_dagster.settings import Home
-from mlchaos_dagster.wiring import SANDBOX_SIGNALS, _Rate, signal_source
+from mlchaos_dagster.wiring import SANDBOX_SIGNALS, signal_source
 
 from .conftest import Platform, eventually
 
@@ -41,7 +42,7 @@ def test_every_signal_is_read_and_retries_show_as_a_rate(platform: Platform, mon
 
 
 def test_a_rate_needs_its_time_and_survives_a_counter_that_begins_anew() -> None:
-    rate = _Rate(over_s=1.0)
+    rate = Rate(over_s=1.0)
     assert [rate.add(at, value) for at, value in ((0.0, 5), (0.5, 5), (1.0, 7), (1.5, 7), (2.25, 7))] == [
         None, None, 2.0, 2.0, 0.0,
     ]  # fmt: skip
