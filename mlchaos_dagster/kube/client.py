@@ -446,6 +446,7 @@ class ExecStream:
     def close(self) -> None:
         """End its standard input and the connection."""
         self._socket.close()
+        self._socket.sock.shutdown()  # a connection that the other end closed keeps its descriptor otherwise
 
 
 class _Bucket:
