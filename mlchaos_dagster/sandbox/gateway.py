@@ -112,6 +112,7 @@ class Gateway:
             ("gateway_breaker_opened", "Times the feature-store breaker opened", lambda: self.breaker.opened_total),
             ("gateway_breaker_state", "0 closed, 1 half open, 2 open", lambda: _BREAKER_VALUES[self.breaker.state]),
             ("gateway_ready_replicas", "Replicas in rotation", lambda: len(self._in_rotation())),
+            ("gateway_in_rotation", "Replicas in rotation that are not ejected", lambda: len(self._serving())),
         ):
             Gauge(name, text, registry=registry).set_function(read)
         refused = Gauge("gateway_features_refused", "Rows that did not pass validation", ["reason"], registry=registry)
@@ -226,6 +227,9 @@ class Gateway:
     def _in_rotation(self) -> list[Replica]:
         every = [r for r in self.replicas.values() if not r.isolated]
         return [r for r in every if r.ready or not self.mechanisms["readiness"]]
+
+    def _serving(self) -> list[Replica]:
+        return [r for r in self._in_rotation() if r.breaker.state == "closed"]
 
     def _choose(self, tried: set[str]) -> Replica | None:
         candidates = [r for r in self._in_rotation() if r.name not in tried]

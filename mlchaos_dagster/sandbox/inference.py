@@ -48,6 +48,8 @@ class Replica:
         self._seconds = Histogram("sandbox_prediction_seconds", "Time in the model", registry=registry)
         rejected = Gauge("sandbox_models_rejected", "Models that failed a check", registry=registry)
         rejected.set_function(lambda: served.rejected_total)
+        unhealthy = Gauge("sandbox_model_unhealthy", "1: what is served is not what should be", registry=registry)
+        unhealthy.set_function(lambda: not served.health()["healthy"])
 
     # -- serving ----------------------------------------------------------------------------------------------------
 
