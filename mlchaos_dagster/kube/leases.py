@@ -252,12 +252,14 @@ class ClusterLedger:
             at = self._head(name)
         return None if at is None else at.stub()
 
+    def seen_for(self, lease_id: str) -> float:
+        """Seconds since this observer first saw the lease; -inf when it never did."""
+        since = self._first_seen.get(lease_id)
+        return float("-inf") if since is None else self.clock.monotonic() - since
+
     def overdue(self, lease: Lease) -> float:
         """Seconds past the deadline since this observer first saw it: an observer that comes late waits longer."""
-        since = self._first_seen.get(lease.id)
-        if since is None:
-            return float("-inf")
-        return self.clock.monotonic() - since - (lease.deadline_wall - lease.opened_wall)
+        return self.seen_for(lease.id) - (lease.deadline_wall - lease.opened_wall)
 
     def beat(self, lease_id: str) -> int:
         """The renewal counter, at most 0.3 s old. Raises StoreError."""
