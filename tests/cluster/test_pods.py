@@ -247,7 +247,7 @@ def test_a_replacement_of_the_same_name_is_not_the_frozen_pod(
 HELD = {"pod_failure": {}, "scale_to_zero": {}}
 
 
-@pytest.mark.parametrize("kind", ["pod_delete", "pod_failure"])
+@pytest.mark.parametrize("kind", ["pod_delete", "pod_failure", "container_kill"])
 def test_a_process_that_wakes_up_after_recover_changes_nothing(
     namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes, kind: str
 ) -> None:
@@ -352,3 +352,79 @@ def test_the_pod_itself_tells_how_it_is_mended(namespace: str, driver: Kubernete
     driver.recover(lost)
     assert [c["image"] for c in pods(namespace, selector)[0]["spec"]["containers"]] == [TARGET_IMAGE]
     assert not driver.active(lease).present
+
+
+# -- container_kill -------------------------------------------------------------------------------------------------
+
+NO_HANDLER = "import http.server; http.server.test(http.server.SimpleHTTPRequestHandler, port=8080)"
+
+
+def bare_web(namespace: str, name: str, command: list[str], **spec: Any) -> str:
+    """One web server under a Deployment, started by `command`; `spec`: of the pod."""
+    selector = deploy(namespace, name, 1)
+    patch = {"spec": {"template": {"spec": {"containers": [{"name": "web", "command": command}], **spec}}}}
+    kubectl("patch", "-n", namespace, f"deployment/{name}", "-p", json.dumps(patch))
+    kubectl("rollout", "status", "-n", namespace, f"deployment/{name}", "--timeout=60s", timeout=70)
+    eventually(lambda: len(objects("pods", namespace, selector)) == 1 and all_ready(namespace, selector, 1))
+    return selector
+
+
+def container(pod: dict[str, Any]) -> dict[str, Any]:
+    return pod["status"]["containerStatuses"][0]
+
+
+@pytest.mark.parametrize(
+    ("command", "spec"),
+    [
+        (["python3", "-c", NO_HANDLER], {}),
+        (["tini", "--", "python3", "-c", NO_HANDLER], {}),
+        (["python3", "-c", NO_HANDLER], {"shareProcessNamespace": True}),
+        (["python3", "-c", NO_HANDLER], {"securityContext": {"runAsUser": 1000, "runAsNonRoot": True}}),
+    ],
+    ids=["process 1", "behind tini", "shared process namespace", "not root"],
+)
+def test_the_main_process_dies_by_sigkill_and_is_started_again(
+    namespace: str,
+    driver: KubernetesDriver,
+    faulting: Faulting,
+    options: Kubernetes,
+    command: list[str],
+    spec: dict[str, Any],
+) -> None:
+    selector = bare_web(namespace, "app", command, **spec)
+    lease = faulting.lease("container_kill", selector)
+    pod = pods(namespace, selector)[0]
+    assert not driver.active(lease).effective
+    driver.inject(lease)
+    eventually(lambda: driver.active(lease).effective, within=10)
+    killed = eventually(lambda: [p for p in pods(namespace, selector) if container(p)["restartCount"] == 1])[0]
+    assert killed["metadata"]["uid"] == pod["metadata"]["uid"]
+    last = container(killed)["lastState"].get("terminated") or container(killed)["state"]["terminated"]
+    assert last["exitCode"] == 137 and last["containerID"] == container(pod)["containerID"]
+    assert elsewhere("inject", lease, options) == "done", "again"
+    assert elsewhere("recover", lease, options) == "done"
+    assert not driver.active(lease).present
+    eventually(lambda: all_ready(namespace, selector, 1))
+    assert container(pods(namespace, selector)[0])["restartCount"] == 1, "one lease, one kill"
+
+
+def test_pod_security_that_keeps_the_helper_out_is_an_objection(namespace: str, driver: KubernetesDriver) -> None:
+    selector = deploy(namespace, "app", 1)
+    kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=baseline")
+    target = Target(select=selector)
+    ids = driver.resolve(target)
+    said = driver.preflight("container_kill", ids, ids, {}, target=target)
+    assert len(said) == 1 and "does not let a helper container in" in said[0].saw, said
+
+
+def test_a_helper_that_comes_too_late_kills_nothing(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector = deploy(namespace, "app", 1)
+    lease = faulting.lease("container_kill", selector)
+    monkeypatch.setattr("mlchaos_dagster.drivers.kubernetes.faults.container_kill._STARTS_WITHIN_S", -1.0)
+    driver.inject(lease)
+    eventually(lambda: "too late" in driver.active(lease).lines[0], within=10)
+    seen = driver.active(lease)
+    assert not seen.effective and not seen.present
+    assert container(pods(namespace, selector)[0])["restartCount"] == 0
