@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -221,15 +222,23 @@ def test_a_network_that_swallows_everything_is_a_gap_though_the_watch_stays_open
 
 def test_nothing_is_told_before_an_answer_that_was_asked_for_later(running: Callable[..., Running]) -> None:
     class Slow(Api):
+        answers: queue.Queue[None] = queue.Queue()
+        asked = 0
+
         def get(self, path: str, **query: str) -> Object | None:
-            self.hangs.wait(10)
+            self.asked += 1
+            self.answers.get(timeout=10)
             return {}
 
     pulse = Slow()
     signals = running(Api(pod("a")), pulse=pulse)
     assert signals.is_silent()
-    pulse.hangs.set()
+    pulse.answers.put(None)  # to a question from before anything was read
+    eventually(lambda: pulse.asked == 2, "the next question")
+    assert signals.is_silent()
+    pulse.answers.put(None)
     signals.until("ready_replicas", 1)
+    pulse.answers.put(None)
 
 
 def test_a_permission_that_is_withdrawn_is_a_gap_and_names_the_rule(running: Callable[..., Running]) -> None:
@@ -443,6 +452,8 @@ def test_a_service_is_reached_by_name_inside_and_by_a_node_outside(monkeypatch: 
     assert tried == ["10.0.0.9:30080", "10.0.0.1:30080"]  # first the node that the API server is on
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     assert url_of(api, "shop", "web", "http") == "http://web.shop.svc:80"
+    lookup = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.96.9.9", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: lookup)
     api.context = "another"  # in a pod, but is it one of that cluster? The name does not lead to the Service's address
     assert url_of(api, "shop", "web", "80") == "http://10.0.0.1:30080"
 
