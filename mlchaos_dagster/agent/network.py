@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from mlchaos_dagster.agent import network_rules as rules
+from mlchaos_dagster.agent.network_home import at_home
 from mlchaos_dagster.agent.network_keeper import Keeper, address, last_words
 from mlchaos_dagster.agent.network_plan import Plan
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
     verb, what = arguments
     try:
         if verb == "keep":
-            return Keeper(Plan.from_json(what)).run()
+            return Keeper(at_home(Plan.from_json(what))).run()
         if verb == "go":
             return go(what)
         if verb == "clean":
