@@ -8,8 +8,6 @@ OURS = "mlchaos"
 OURS_SELECTOR = f"{MANAGED_BY}={OURS}"
 LEASE = "mlchaos.dev/lease"
 """On every object that belongs to one lease: its id."""
-UNDO = "mlchaos.dev/undo"
-"""Annotation on an object that is changed in place: what of it was before, as JSON, where that is small and no secret."""
 COMPONENT = "mlchaos.dev/component"
 """What an object of ours is: `lease`, `undo`, `sweeper`, `lever`, `fault`, `backup`."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from mlchaos_dagster.drivers.kubernetes import frozen
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.labels import COMPONENT, OPT_IN
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
@@ -46,7 +47,9 @@ def load(site: Site, nodes: Iterable[str]) -> Load:
         for pod in site.cluster.list("/api/v1/pods", fields=f"spec.nodeName={node}"):
             if text(pod, "status", "phase") in ("Succeeded", "Failed"):
                 continue
-            if controller(pod) == "DaemonSet" or _MIRROR in mapping(pod, "metadata", "annotations"):
+            if text(frozen.controller(pod), "kind") == "DaemonSet" or _MIRROR in mapping(
+                pod, "metadata", "annotations"
+            ):
                 found.daemons.append(pod)
             elif text(pod, "metadata", "namespace") not in opted_in and not _given_up(site, pod):
                 found.foreign.append(pod)
@@ -55,11 +58,6 @@ def load(site: Site, nodes: Iterable[str]) -> Load:
             else:
                 found.going.append(pod)
     return found
-
-
-def controller(pod: Object) -> str:
-    """Kind of what would make the pod anew; empty: nothing."""
-    return next((text(o, "kind") for o in items(pod, "metadata", "ownerReferences") if o.get("controller")), "")
 
 
 def is_sweeper(site: Site, pod: Object) -> bool:

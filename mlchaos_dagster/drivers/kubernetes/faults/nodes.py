@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.drivers.kubernetes import frozen
 from mlchaos_dagster.drivers.kubernetes.faults import drain
 from mlchaos_dagster.drivers.kubernetes.faults.drain import load
-from mlchaos_dagster.drivers.kubernetes.faults.marking import change, holder, read, restore
+from mlchaos_dagster.drivers.kubernetes.faults.marking import put_on, take_off
+from mlchaos_dagster.drivers.kubernetes.frozen import UNDO, marked_by, read
 from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.preflight import is_ready, selects
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Forbidden, Permission, Site
-from mlchaos_dagster.kube.labels import UNDO
 from mlchaos_dagster.kube.leases import held
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text
 from mlchaos_dagster.kube.refs import PATHS
@@ -68,9 +69,9 @@ class _Nodes:
         yield from _own(site, pods, [r.name for r in request.refs])
         for node in nodes:
             name = text(node, "metadata", "name")
-            if holder(node):
+            if marked_by(node):
                 yield Objection(
-                    f"node {name} carries the fault of lease {holder(node)}", f"mlchaos recover {holder(node)}"
+                    f"node {name} carries the fault of lease {marked_by(node)}", f"mlchaos recover {marked_by(node)}"
                 )
             if CONTROL_PLANE in mapping(node, "metadata", "labels") and CONTROL_PLANE not in request.target.select:
                 yield Objection(
@@ -85,7 +86,7 @@ class _Nodes:
                 f"pods of namespaces that have not opted in are there: {drain.names(pods.foreign)}",
                 f"nodes without them, or their consent (mlchaos.dev/allow=true on {', '.join(spaces)})",
             )
-        lost = [pod for pod in pods.going if not drain.controller(pod)]
+        lost = [pod for pod in pods.going if not frozen.controller(pod)]
         if lost:
             yield Objection(f"nothing would make these pods anew: {drain.names(lost)}", "pods of a workload")
         yield from self.more_objections(site, request, nodes, pods, list(every.values()))
@@ -106,7 +107,7 @@ class _Nodes:
         end = time.monotonic() + min(MOST_S, injection.lease.duration_s / 2)
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            change(site, ref, injection.lease, _cordoned)
+            put_on(site, ref, injection.lease, _cordoned)
         most, refused = 0, ""
         while left := load(site, [r.name for r in injection.refs]).going:
             most = max(most, len(left))
@@ -128,7 +129,7 @@ class _Nodes:
         """Uncordon what this lease cordoned."""
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            restore(site, ref, injection.lease, _as_before)
+            take_off(site, ref, injection.lease, _as_before)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
         """Nodes and pods, as the API server has them now."""
@@ -136,7 +137,7 @@ class _Nodes:
         present, cordoned = False, 0
         for ref in injection.refs:
             node = read(site, ref)
-            ours = holder(node) == injection.lease.id
+            ours = marked_by(node) == injection.lease.id
             closed = bool(part(node, "spec", "unschedulable"))
             present, cordoned = present or ours, cordoned + (ours and closed)
             if node is None:

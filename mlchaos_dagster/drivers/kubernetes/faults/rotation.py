@@ -26,12 +26,12 @@ from urllib.parse import urlsplit
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes.faults.marking import change, holder, read, restore
+from mlchaos_dagster.drivers.kubernetes.faults.marking import put_on, take_off
+from mlchaos_dagster.drivers.kubernetes.frozen import UNDO, marked_by, read
 from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
 from mlchaos_dagster.errors import DriverError, InjectFailed, LeaseRefused
 from mlchaos_dagster.kube.client import NAME, Permission, Site
-from mlchaos_dagster.kube.labels import UNDO
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import Ref, collection
 
@@ -63,9 +63,9 @@ class _Rotation:
             if found is None:
                 yield Objection(f"{ref.shown} is gone", "a Secret that is there")
                 continue
-            if holder(found):
+            if marked_by(found):
                 yield Objection(
-                    f"{ref.shown} carries the fault of lease {holder(found)}", f"mlchaos recover {holder(found)}"
+                    f"{ref.shown} carries the fault of lease {marked_by(found)}", f"mlchaos recover {marked_by(found)}"
                 )
             if found.get("immutable"):
                 yield Objection(f"{ref.shown} is immutable", "a Secret that may change")
@@ -104,7 +104,7 @@ class CredentialRotation(_Rotation):
         key, overlap_s = injection.undo["key"], float(injection.params.get("overlap_s") or 0.0)
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            change(site, ref, injection.lease, lambda found: _renewed(found, key, injection.lease, overlap_s > 0))
+            put_on(site, ref, injection.lease, lambda found: _renewed(found, key, injection.lease, overlap_s > 0))
         if overlap_s > 0:
             timer = threading.Timer(overlap_s, _withdraw, (site, injection))
             timer.daemon = True  # who dies before leaves it to whoever recovers
@@ -115,14 +115,14 @@ class CredentialRotation(_Rotation):
         key = injection.undo["key"]
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            restore(site, ref, injection.lease, lambda found: _completed(found, key))
+            take_off(site, ref, injection.lease, lambda found: _completed(found, key))
 
     def active(self, site: Site, injection: Injection) -> Evidence:
         """The Secret, as it is now."""
         key, lines, present, new = injection.undo["key"], list[str](), False, 0
         for ref in injection.refs:
             found = read(site, ref)
-            ours = holder(found) == injection.lease.id
+            ours = marked_by(found) == injection.lease.id
             data = mapping(found, "data")
             there = ours and _rotated(found) == _digest(data.get(key, ""))
             present, new = present or ours, new + there
@@ -175,7 +175,7 @@ class CertificateRotation(_Rotation):
                     data = {CERTIFICATE: _encoded(new.chain), KEY: _encoded(new.key)}
                     return {"data": data, **_note(_digest(data[CERTIFICATE]))}
 
-                change(site, ref, injection.lease, issued)
+                put_on(site, ref, injection.lease, issued)
             except certificates.Unusable as e:
                 raise InjectFailed(f"{ref.shown}: {e}", driver=NAME, verb="inject") from e
 
@@ -183,14 +183,14 @@ class CertificateRotation(_Rotation):
         """It is complete as it is; the mark goes."""
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            restore(site, ref, injection.lease, lambda found: {"metadata": {"annotations": {UNDO: None}}})
+            take_off(site, ref, injection.lease, lambda found: {"metadata": {"annotations": {UNDO: None}}})
 
     def active(self, site: Site, injection: Injection) -> Evidence:
         """The Secret as it is now, and the certificate that a new connection gets."""
         lines, present, new = list[str](), False, 0
         for ref in injection.refs:
             found = read(site, ref)
-            ours = holder(found) == injection.lease.id
+            ours = marked_by(found) == injection.lease.id
             there = ours and _rotated(found) == _digest(mapping(found, "data").get(CERTIFICATE, ""))
             present, new = present or ours, new + there
             if found is None:
@@ -208,7 +208,7 @@ class CertificateRotation(_Rotation):
 
 def _renewed(found: Object, key: str, lease: Lease, overlap: bool) -> Object:
     """The patch; of a Secret that has it already, nothing but the mark."""
-    if holder(found) == lease.id and _rotated(found):
+    if marked_by(found) == lease.id and _rotated(found):
         return {}
     old = _value(found, key)
     if not old:
@@ -234,13 +234,13 @@ def _withdraw(site: Site, injection: Injection) -> None:
     key = injection.undo["key"]
 
     def without(found: Object) -> Object:
-        if holder(found) != injection.lease.id:
+        if marked_by(found) != injection.lease.id:
             raise LeaseRefused(f"lease {injection.lease.id} is over")
         return {"data": {key + PREVIOUS: None}}
 
     for ref in injection.refs:
         try:
-            change(site, ref, injection.lease, without)
+            put_on(site, ref, injection.lease, without)
         except (DriverError, LeaseRefused):
             continue
 
