@@ -365,6 +365,9 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
         wrong += bool(clashes)
     names = {name for kind, name in named if kind == "experiment"} | set(depends)
 
+    environments = [p.value for p in parsed if isinstance(p.value, Environment)]
+    elsewhere: list[str] = []
+
     def found_in(one: Parsed[Any]) -> list[Problem]:
         if isinstance(one.value, Environment):
             return check_environment(one.value, one)
@@ -372,7 +375,11 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
             return check_suite(one.value, names | set(catalog.names("experiment")), one)
         found: list[Problem] = []
         for p in single[id(one)]:
-            found += check_experiment(p.value, environment, p) if environment else []
+            problems = check_experiment(p.value, environment, p) if environment else []
+            if problems and environment and paths is None and _for_another(p.value, environment, environments):
+                elsewhere.append(p.value.name)
+            else:
+                found += problems
             if p.value.depends_on is not None:
                 found += check_dependency(p.value, {**catalog.dependencies(), **depends}, p)
         return sort_problems(found)
@@ -381,7 +388,17 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
         found = found_in(one)
         problems += found
         wrong += bool(found)
+    if environment and elsewhere:
+        others = ", ".join(sorted(elsewhere))
+        notes.append(f"for other environments of the library, {environment.name} has not what they need: {others}")
     return Checked(len(files), problems, wrong, notes)
+
+
+def _for_another(experiment: Experiment, here: Environment, every: Iterable[Environment]) -> bool:
+    """Whether the experiment's target or fault is not to be had here, and some other environment can run it."""
+    if experiment.target in here.targets and here.backend_for(experiment.fault.kind) is not None:
+        return False
+    return any(not check_experiment(experiment, other) for other in every if other.name != here.name)
 
 
 def _usage(path: Path, stages: StageFile) -> str:

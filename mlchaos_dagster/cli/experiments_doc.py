@@ -60,7 +60,14 @@ def _overview(written: list[Experiment | Progressive], environment: Environment)
 def _window(spec: Experiment | Progressive, environment: Environment) -> str:
     ones = [spec] if isinstance(spec, Experiment) else spec.experiments()
     asked = ", ".join(show_duration(e.duration) for e in ones)
+    if any(_elsewhere(e, environment) for e in ones):
+        return asked
     return f"{asked} ({', '.join(show_duration(environment.scaled(e.duration)) for e in ones)} in the sandbox)"
+
+
+def _elsewhere(e: Experiment, environment: Environment) -> bool:
+    """Whether only other environments can run it."""
+    return e.target not in environment.targets or environment.backend_for(e.fault.kind) is None
 
 
 def _in_stages(p: Progressive, environment: Environment) -> str:
@@ -91,13 +98,14 @@ def _radius(e: Experiment) -> str:
 
 def _experiment(e: Experiment, environment: Environment, without: tuple[str, ...] = ()) -> str:
     params = ", ".join(f"{k} {v}" for k, v in _params(e) if v is not None)
+    limits = () if _elsewhere(e, environment) else environment.limits.abort
     rows = [
         ("fault", f"`{e.fault.kind}`{f' ({params})' if params else ''} on `{e.target}`"),
         ("blast radius", _radius(e)),
         ("steady state", "; ".join(_objective(o, environment) for o in e.steady_state)),
         ("must be seen", "; ".join(str(x) for x in e.expect) or "the fault's own effect"),
         ("recovery", f"steady again within {show_duration(e.recovery.within)}"),
-        ("aborts when", "; ".join(_abort(a, environment) for a in (*e.abort, *environment.limits.abort))),
+        ("aborts when", "; ".join(_abort(a, environment) for a in (*e.abort, *limits))),
     ]
     if e.teeth:
         off = ", ".join(f"`{m}`" for m in (e.teeth.mechanism, *e.teeth.also_off))

@@ -34,7 +34,9 @@ def test_the_shipped_library_parses_cross_checks_and_names_a_mechanism_each() ->
         "serving-packet-loss",
     }
     # The embedded platform computes on the CPU: nothing of it could be switched off to make that one fail.
-    assert [e.name for e in catalog.experiments() if e.teeth is None] == ["gpu-memory-hog"]
+    sandbox = catalog.environment("sandbox")
+    here = [e for e in catalog.experiments() if sandbox.backend_for(e.fault.kind) and e.target in sandbox.targets]
+    assert [e.name for e in here if e.teeth is None] == ["gpu-memory-hog"]
     assert {s.name for s in catalog.suites()} >= {"smoke", "nightly", "weekly", "full"}
 
 
@@ -69,7 +71,7 @@ def test_an_unknown_name_tells_the_nearest() -> None:
         Catalog().experiment("serving-pod-failur")
     with pytest.raises(SpecError, match='no suite "smok". Did you mean "smoke"?'):
         Catalog().suite("smok")
-    with pytest.raises(SpecError, match='no environment "prod". Allowed: sandbox'):
+    with pytest.raises(SpecError, match='no environment "prod". Allowed: cluster, sandbox'):
         Catalog().environment("prod")
 
 
@@ -94,6 +96,19 @@ def test_a_wrong_file_does_not_hide_the_good_ones(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="not YAML"):
         catalog.experiments()
     assert catalog.check().wrong_files == 1
+
+
+def test_what_only_another_environment_runs_is_no_problem_here_and_what_none_runs_is(tmp_path: Path) -> None:
+    drain = GOOD.replace("pod_failure", "node_drain")
+    there = drain.replace("name: serving-pod-failure", "name: there").replace("prediction-service", "prediction-nodes")
+    nowhere = drain.replace("name: serving-pod-failure", "name: nowhere").replace("prediction-service", "nodes")
+    root = library(tmp_path, there=there, nowhere=nowhere)
+    catalog = Catalog([root])
+    checked = catalog.check(catalog.environment("sandbox"))
+    assert {p.where.split(":")[0].rsplit("/", 1)[-1] for p in checked.problems} == {"nowhere.yaml"}
+    assert any("there" in note and note.startswith("for other environments") for note in checked.notes)
+    named = catalog.check(catalog.environment("sandbox"), [root / "experiments" / "there.yaml"])
+    assert len(named.problems) == 2  # who names the file means it here: the target and the fault
 
 
 def test_a_library_that_is_not_there() -> None:
