@@ -22,7 +22,7 @@ from mlchaos_dagster.engine.ports import Clock, Lease, Owner
 from mlchaos_dagster.engine.processes import current_owner
 from mlchaos_dagster.errors import DriverError, LeaseRefused, StoreError
 from mlchaos_dagster.kube import kin, labels, register
-from mlchaos_dagster.kube.client import Cluster, Conflict, NotFound, Site
+from mlchaos_dagster.kube.client import Cluster, Conflict, NotFound, Permission, Site
 from mlchaos_dagster.kube.lease_objects import (
     Head,
     about,
@@ -80,6 +80,18 @@ def held(site: Site, lease: Lease) -> None:
     at = head(found)
     if at.taken_by or at.holder != identity(lease.owner):
         raise LeaseRefused(f"lease {lease.id} was taken over by {at.taken_by or at.holder or 'somebody'}")
+
+
+def permissions(namespace: str) -> tuple[Permission, ...]:
+    """Everything that ledger, lever and heart ask of the API server in the control namespace."""
+    needed = {
+        ("coordination.k8s.io", "leases"): ("get", "list", "create", "update", "patch", "delete"),
+        ("", "secrets"): ("get", "list", "create", "delete"),
+        ("", "configmaps"): ("get", "create", "update", "delete"),
+    }
+    return tuple(
+        Permission(verb, resource, namespace, group) for (group, resource), verbs in needed.items() for verb in verbs
+    )
 
 
 class ClusterLedger:
