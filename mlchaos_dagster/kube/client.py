@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -419,20 +419,21 @@ class ExecStream:
         return bool(self._socket.is_open())
 
     def write(self, text: str) -> None:
-        """To its standard input."""
-        self._socket.write_stdin(text)
+        """To its standard input. Raises DriverUnavailable: the connection broke."""
+        self._attempt(lambda: self._socket.write_stdin(text))
 
     def read(self, timeout_s: float) -> str:
-        """What it has written since, waiting at most `timeout_s` seconds for something."""
+        """What it has written since, waiting at most `timeout_s` seconds. Raises DriverUnavailable: the connection broke."""
         if self.running:
-            self._socket.update(timeout=timeout_s)
+            self._attempt(lambda: self._socket.update(timeout=timeout_s))
         return str(self._socket.read_stdout(timeout=0) or "") if self._socket.peek_stdout(timeout=0) else ""
 
     def finish(self, timeout_s: float) -> ExecResult:
         """Wait for its end. Raises DriverUnavailable: the connection broke before it."""
         end = time.monotonic() + timeout_s
         while self.running and time.monotonic() < end:
-            self._socket.update(timeout=min(0.5, max(0.0, end - time.monotonic())))
+            left = min(0.5, max(0.0, end - time.monotonic()))
+            self._attempt(lambda left=left: self._socket.update(timeout=left))
         if self.running:
             return ExecResult(-1, str(self._socket.read_all() or ""), "it did not end in time")
         status = self._socket.read_channel(3)
@@ -442,6 +443,13 @@ class ExecStream:
             raise DriverUnavailable(f"the command in {self.where} broke off", driver=NAME, verb="exec")
         code = _exit_code(status)
         return ExecResult(code, out, err or ("" if code >= 0 else _why(status)))
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as e:
+            said = f"the command in {self.where} broke off: {_first_line(e)}"
+            raise DriverUnavailable(said, driver=NAME, verb="exec") from e
 
     def close(self) -> None:
         """End its standard input and the connection."""
