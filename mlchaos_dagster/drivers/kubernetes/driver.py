@@ -35,6 +35,7 @@ _SELF_LIMITING = frozenset(
         "container_kill",
     }
 )
+_BY_POLICY = frozenset({"network_partition", "network_isolation"})
 
 
 class KubernetesDriver:
@@ -51,7 +52,9 @@ class KubernetesDriver:
 
     def __init__(self, address: Path | str, site: Site | None = None) -> None:
         self.address = Path(address)
-        self._site = site
+        self._site: Site | None = None
+        if site is not None:
+            self._arrive(site)
 
     @classmethod
     def at(cls, cluster: Cluster, options: Kubernetes) -> KubernetesDriver:
@@ -147,8 +150,14 @@ class KubernetesDriver:
                     driver=NAME,
                     verb=verb,
                 )
-            self._site = Site(cluster, options)
+            return self._arrive(Site(cluster, options))
         return self._site
+
+    def _arrive(self, site: Site) -> Site:
+        self._site = site
+        if site.options.network == "policy":  # nothing in a cluster ends a NetworkPolicy at a deadline
+            self.self_limiting = _SELF_LIMITING - _BY_POLICY
+        return site
 
     def _of(self, lease: Lease, verb: str) -> Site:
         """The connection with the options that were in force when the lease was written."""
