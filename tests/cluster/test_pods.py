@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mlchaos_dagster.domain.environment import Kubernetes, Target
+from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
 from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import InjectFailed
@@ -244,8 +244,6 @@ def test_a_replacement_of_the_same_name_is_not_the_frozen_pod(
 
 # -- killed, late, twice: all of them -------------------------------------------------------------------------------
 
-HELD = {"pod_failure": {}, "scale_to_zero": {}}
-
 
 @pytest.mark.parametrize("kind", ["pod_delete", "pod_failure", "container_kill"])
 def test_a_process_that_wakes_up_after_recover_changes_nothing(
@@ -428,3 +426,100 @@ def test_a_helper_that_comes_too_late_kills_nothing(
     seen = driver.active(lease)
     assert not seen.effective and not seen.present
     assert container(pods(namespace, selector)[0])["restartCount"] == 0
+
+
+# -- scale_to_zero --------------------------------------------------------------------------------------------------
+
+WORKLOADS = {"deployment": KubernetesObjects(kind="Deployment"), "statefulset": KubernetesObjects(kind="StatefulSet")}
+
+
+def workload(namespace: str, kind: str, name: str) -> dict[str, Any]:
+    return next(o for o in objects(kind, namespace) if o["metadata"]["name"] == name)
+
+
+def label(namespace: str, kind: str, name: str) -> str:
+    """Workloads are selected by their own labels, not by those of their pods."""
+    kubectl("label", "-n", namespace, kind, name, f"app={name}", "--overwrite")
+    return f"app={name}"
+
+
+def marks(found: list[dict[str, Any]]) -> list[str]:
+    return [k for o in found for k in o["metadata"].get("annotations", {}) if k.startswith("mlchaos.dev/")]
+
+
+@pytest.mark.parametrize("kind", ["deployment", "statefulset"])
+def test_a_workload_has_no_replicas_for_the_window_and_then_as_many_as_before(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes, kind: str
+) -> None:
+    selector = deploy(namespace, "web", 2) if kind == "deployment" else stateful(namespace, "web", 2)
+    lease = faulting.lease("scale_to_zero", label(namespace, kind, "web"), objects=WORKLOADS[kind])
+    driver.inject(lease)
+    driver.inject(lease)
+    eventually(lambda: driver.active(lease).effective, within=10)
+    assert workload(namespace, kind, "web")["spec"]["replicas"] == 0
+    eventually(lambda: not objects("pods", namespace, selector))
+    assert elsewhere("recover", lease, options) == "done"
+    eventually(lambda: not driver.active(lease).present)
+    eventually(lambda: all_ready(namespace, selector, 2))
+    driver.recover(lease)
+    assert workload(namespace, kind, "web")["spec"]["replicas"] == 2
+    eventually(lambda: not driver.active(lease).present)
+    assert not marks([workload(namespace, kind, "web"), *objects("replicasets", namespace)])
+
+
+def test_who_scales_meanwhile_wins(namespace: str, driver: KubernetesDriver, faulting: Faulting) -> None:
+    deploy(namespace, "web", 2)
+    where = WORKLOADS["deployment"]
+    lease = faulting.lease("scale_to_zero", label(namespace, "deployment", "web"), objects=where)
+    driver.inject(lease)
+    kubectl("scale", "-n", namespace, "deployment/web", "--replicas=1")
+    assert not driver.active(lease).effective
+    driver.recover(lease)
+    found = workload(namespace, "deployment", "web")
+    assert found["spec"]["replicas"] == 1 and not marks([found])
+    assert "before the fault: 2; somebody set others meanwhile" in driver.active(lease).lines[0]
+
+
+def test_an_autoscaler_leaves_no_replicas_alone_and_an_operator_is_refused(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting
+) -> None:
+    selector = deploy(namespace, "web", 2)
+    where = WORKLOADS["deployment"]
+    kubectl("autoscale", "-n", namespace, "deployment/web", "--min=2", "--max=3", "--cpu-percent=80")
+    lease = faulting.lease("scale_to_zero", label(namespace, "deployment", "web"), objects=where)
+    driver.inject(lease)
+    disabled = "ScalingDisabled"
+    eventually(lambda: disabled in json.dumps(objects("hpa", namespace)[0]["status"]), within=40)
+    assert driver.active(lease).effective, "the autoscaler saw it, and left it alone"
+    driver.recover(lease)
+    eventually(lambda: all_ready(namespace, selector, 2))
+    kubectl(
+        "patch", "-n", namespace, "deployment/web", "--field-manager=serving-operator", "-p", '{"spec":{"replicas":3}}'
+    )
+    target = Target(select="app=web", kubernetes=where)
+    ids = driver.resolve(target)
+    said = driver.preflight("scale_to_zero", ids, ids, {}, target=target)
+    assert [o.needs for o in said] == ["field manager serving-operator paused"], said
+
+
+def test_a_scale_process_that_wakes_up_late_or_dies_half_way_leaves_nothing(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    for name in ("web", "api"):
+        deploy(namespace, name, 1)
+        kubectl("label", "-n", namespace, "deployment", name, "tier=front")
+    lease = faulting.lease("scale_to_zero", "tier=front", objects=WORKLOADS["deployment"])
+    with another("inject", lease, options, pause="held") as late:
+        assert read(late) == "paused"
+        driver.recover(lease)
+        assert go_on(late) == "LeaseRefused: taken over meanwhile"
+    assert [o["spec"]["replicas"] for o in objects("deployment", namespace)] == [1, 1]
+    with another("inject", lease, options, pause="step") as owner:
+        assert read(owner) == "paused"
+        owner.kill()
+    assert sorted(o["spec"]["replicas"] for o in objects("deployment", namespace)) == [0, 1]
+    kubectl("delete", "-n", namespace, "deployment/web")  # one of the two; it holds no fault then
+    driver.recover(lease)
+    eventually(lambda: not driver.active(lease).present)
+    assert [o["spec"]["replicas"] for o in objects("deployment", namespace)] == [1]
+    assert not marks([*objects("deployment", namespace), *objects("replicasets", namespace)])

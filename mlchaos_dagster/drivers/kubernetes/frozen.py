@@ -21,7 +21,10 @@ from mlchaos_dagster.kube.refs import Ref
 
 UNDO = "mlchaos.dev/undo"
 """Annotation: JSON of what was there before, so that the object itself tells how it is mended."""
-_FENCE = "mlchaos.dev/fence"
+FENCE = "mlchaos.dev/fence"
+"""Annotation: there for the moment of a `shut_out`."""
+MARKS = (LEASE, UNDO, FENCE)
+"""All annotations of ours."""
 _TRIES = 10
 """Of one change against others who change the object, too. A pod's status moves a few times while it starts."""
 
@@ -68,8 +71,8 @@ def shut_out(site: Site, ref: Ref) -> bool:
 
     def move_on(found: Object) -> None:
         token = secrets.token_hex(4)
-        later = patch(site, found, ref.path, {"metadata": {"annotations": {_FENCE: token}}})
-        patch(site, later, ref.path, {"metadata": {"annotations": {_FENCE: None}}})
+        later = patch(site, found, ref.path, {"metadata": {"annotations": {FENCE: token}}})
+        patch(site, later, ref.path, {"metadata": {"annotations": {FENCE: None}}})
 
     return change(site, ref, move_on)
 

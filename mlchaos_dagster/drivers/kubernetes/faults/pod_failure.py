@@ -37,7 +37,6 @@ from mlchaos_dagster.kube.selecting import is_there
 
 _NOWHERE = "mlchaos.invalid/HELD-DOWN"
 """`.invalid` is never resolved (RFC 2606), upper case never parsed: the kubelet says InvalidImageName."""
-_MARKS = (LEASE, frozen.UNDO)
 _BACK_OFF_S, _BACK_OFF_MAX_S, _FORGOTTEN_AFTER_S = 10.0, 300.0, 600.0
 """Of the kubelet: delay of the second start, its limit, and how long a container must run to begin anew."""
 _WORTH_WAITING_S = 3.0
@@ -164,7 +163,7 @@ def _restore(site: Site, ref: Ref, pod: Object, lease_id: str, known: dict[str, 
         return
     before = known or json.loads(text(pod, "metadata", "annotations", frozen.UNDO) or "{}").get("images", {})
     ours = [name for name, image in _images(pod).items() if image == _image_of(lease_id)]
-    body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(_MARKS)}}
+    body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(frozen.MARKS)}}
     if ours:
         body["spec"] = {"containers": [{"name": name, "image": before[name]} for name in ours]}
     frozen.patch(site, pod, ref.path, body, how="strategic")

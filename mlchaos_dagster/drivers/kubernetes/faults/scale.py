@@ -1,0 +1,173 @@
+"""`scale_to_zero`: a workload has no replicas until the window ends, then as many as before.
+
+Replicas and marks are one patch, so that it is never half of it (the scale subresource would need a second one for the
+marks). Whoever scales the workload meanwhile wins: recovery then only takes its marks away. A HorizontalPodAutoscaler
+does not fight: with no replicas it is disabled by its own rule, and goes on when they are back. What does fight are
+owners (an InferenceService, a Rollout) and operators that keep `spec.replicas`: they are refused beforehand.
+
+The API server keeps the fault, so it does not end by itself. The Deployment controller copies annotations to
+ReplicaSets, from where `kubectl rollout undo` would bring them back: they are taken away there, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
+from mlchaos_dagster.engine.ports import Objection, Step
+from mlchaos_dagster.errors import DriverError
+from mlchaos_dagster.kube.client import NAME, Conflict, NotFound, Permission, Site
+from mlchaos_dagster.kube.labels import LEASE
+from mlchaos_dagster.kube.objects import Object, items, mapping, part, text
+from mlchaos_dagster.kube.refs import Ref
+from mlchaos_dagster.kube.selecting import is_there
+
+_PEOPLE = ("kubectl", "helm", "terraform", "pulumi", "k9s", "lens", "openapi-generator", "python", "mozilla", "mlchaos")
+"""Beginnings of field managers that write once, when somebody says so, and do not come back by themselves."""
+_AUTOSCALER = "kube-controller-manager"
+_MANAGER = "mlchaos"
+
+
+class ScaleToZero:
+    """No replicas of the frozen workloads until recovery."""
+
+    kinds = frozenset({"deployment", "statefulset"})
+    self_limiting = False
+
+    def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
+        """Read and patch the workloads; read and patch the ReplicaSets to which annotations spread."""
+        for kind, namespace in sorted({(ref.kind, ref.namespace) for ref in request.refs}):
+            for verb in ("get", "patch"):
+                yield Permission(verb, f"{kind}s", namespace, "apps")
+            if kind == "deployment":
+                for verb in ("list", "patch"):
+                    yield Permission(verb, "replicasets", namespace, "apps")
+
+    def objections(self, site: Site, request: Request) -> Iterator[Objection]:
+        """Workloads that have no replicas, are marked, or whose replicas somebody else keeps."""
+        for ref in request.refs:
+            found = frozen.read(site, ref)
+            if found is None:
+                continue
+            lease = frozen.marked_by(found)
+            if lease:
+                yield Objection(f"{ref.shown} carries the fault of lease {lease}", f"mlchaos recover {lease}")
+            elif not _replicas(found):
+                yield Objection(f"{ref.shown} has no replicas", "a workload that has some")
+            for who in _keepers(found):
+                yield Objection(f"{who} keeps the replicas of {ref.shown} and would fight the fault", f"{who} paused")
+
+    def undo(self, site: Site, request: Request, step: Step) -> dict[str, Any]:
+        """Replicas as they are; the workload's annotation will say the same."""
+        replicas: dict[str, int] = {}
+        for done, ref in enumerate(request.refs):
+            found = frozen.read(site, ref)
+            if found is None or frozen.marked_by(found):
+                said = f"carries the fault of lease {frozen.marked_by(found)}" if found else "is gone"
+                raise DriverError(f"{ref.shown} {said}", driver=NAME, verb="undo")
+            replicas[ref.uid] = _replicas(found)
+            step(done + 1, len(request.refs))
+        return {"replicas": replicas}
+
+    def inject(self, site: Site, injection: Injection, step: Step) -> None:
+        """One patch per workload."""
+        lease = injection.lease
+        for done, ref in enumerate(injection.refs):
+
+            def act(found: Object, ref: Ref = ref) -> None:
+                if not is_there(found) or frozen.marked_by(found) == lease.id:
+                    return
+                note = json.dumps({"replicas": _replicas(found)}, separators=(",", ":"))
+                body = {"metadata": {"annotations": {LEASE: lease.id, frozen.UNDO: note}}, "spec": {"replicas": 0}}
+                frozen.patch(site, found, ref.path, body, fieldManager=_MANAGER)
+
+            frozen.change(site, ref, act, lease)
+            step(done + 1, len(injection.refs))
+
+    def recover(self, site: Site, injection: Injection, step: Step) -> None:
+        """Replicas as before, unless somebody set others meanwhile; marks away, a late inject shut out."""
+        lease = injection.lease
+        for ref in injection.refs:
+            found = frozen.read(site, ref)
+            if found is not None and is_there(found) and frozen.marked_by(found) != lease.id:
+                frozen.shut_out(site, ref)
+                found = frozen.read(site, ref)  # what came in just before is seen now
+            if found is not None and frozen.marked_by(found) == lease.id:
+                known = injection.undo["replicas"].get(ref.uid)
+                frozen.change(site, ref, lambda now, ref=ref, known=known: _restore(site, ref, now, lease.id, known))
+            for copy in _copies(site, ref, lease.id):
+                _unmark(site, copy)
+            step(0, 0)
+
+    def active(self, site: Site, injection: Injection) -> Evidence:
+        """Effective: neither wanted nor existing replicas, as the controller itself says of this very state."""
+        present, effective, lines = False, list[bool](), list[str]()
+        for ref in injection.refs:
+            found = frozen.read(site, ref)
+            if found is None:
+                lines.append(f"{ref.shown} is gone, and the fault with it")
+                continue
+            ours = frozen.marked_by(found) == injection.lease.id
+            wanted, there = _replicas(found), int(part(found, "status", "replicas") or 0)
+            seen = int(part(found, "status", "observedGeneration") or 0) >= int(part(found, "metadata", "generation"))
+            effective.append(ours and wanted == 0 and there == 0 and seen)
+            before = injection.undo["replicas"].get(ref.uid)
+            changed = "" if wanted in (0, before) else f" (before the fault: {before}; somebody set others meanwhile)"
+            copied = any(_copies(site, ref, injection.lease.id))
+            present = present or ours or copied
+            marked = "marked" if ours else "marks on its ReplicaSets" if copied else "not marked"
+            lines.append(f"{ref.shown} wants {wanted} replicas and has {there}{changed}, {marked}")
+        return Evidence(present=present, effective=bool(effective) and all(effective), lines=tuple(lines))
+
+
+def _replicas(found: Object) -> int:
+    wanted = part(found, "spec", "replicas")
+    return 1 if wanted is None else int(wanted)
+
+
+def _restore(site: Site, ref: Ref, found: Object, lease_id: str, known: int | None) -> None:
+    if frozen.marked_by(found) != lease_id:
+        return
+    body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(frozen.MARKS)}}
+    if _replicas(found) == 0:
+        noted = json.loads(text(found, "metadata", "annotations", frozen.UNDO) or "{}").get("replicas")
+        body["spec"] = {"replicas": noted if known is None else known}
+    frozen.patch(site, found, ref.path, body, fieldManager=_MANAGER)
+
+
+def _keepers(found: Object) -> Iterator[str]:
+    """Who would set the replicas again: a controlling owner, a field manager that is no person's tool."""
+    owner = frozen.controller(found)
+    if owner:
+        yield f"{text(owner, 'kind')} {text(owner, 'name')}"
+    for entry in items(found, "metadata", "managedFields"):
+        who = text(entry, "manager")
+        if "f:replicas" not in mapping(entry, "fieldsV1", "f:spec") or who == _AUTOSCALER:
+            continue
+        if not who.lower().startswith(_PEOPLE):
+            yield f"field manager {who}"
+
+
+def _copies(site: Site, ref: Ref, lease_id: str) -> Iterator[Object]:
+    """ReplicaSets of a Deployment that carry a mark of ours."""
+    if ref.kind != "deployment":
+        return
+    for found in site.cluster.list(f"/apis/apps/v1/namespaces/{ref.namespace}/replicasets"):
+        notes = mapping(found, "metadata", "annotations")
+        mine = any(text(o, "uid") == ref.uid for o in items(found, "metadata", "ownerReferences"))
+        if mine and (notes.get(LEASE) == lease_id or frozen.FENCE in notes):
+            yield found
+
+
+def _unmark(site: Site, replica_set: Object) -> None:
+    """Of that uid, whatever its version: its controller changes it all the time, and nobody else writes our marks."""
+    meta = replica_set["metadata"]
+    body = {"metadata": {"uid": meta["uid"], "annotations": dict.fromkeys(frozen.MARKS)}}
+    try:
+        site.cluster.patch(f"/apis/apps/v1/namespaces/{meta['namespace']}/replicasets/{meta['name']}", body)
+    except (NotFound, Conflict):
+        return  # gone, or another one of its name
