@@ -18,7 +18,6 @@ from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.kubernetes.faults import stress_holding
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     Agent,
-    NoPython,
     NotRunning,
     container_id,
     container_of,
@@ -28,6 +27,7 @@ from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     permissions,
     status_of,
     unfit,
+    value,
 )
 from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Objection, Step, no_step
@@ -37,14 +37,16 @@ from mlchaos_dagster.kube.objects import Object, mapping, text
 from mlchaos_dagster.kube.refs import Ref
 
 _MIB = 1 << 20
-_LOOK_S = 0.4
-"""Four of the kernel's scheduling periods: a limit is enforced within each."""
+_LOOK_S = 0.5
+"""Five of the kernel's scheduling periods: a limit is enforced within each."""
 _LEAST_SHARE = 0.5
 """Of what is asked and allowed; the service and the node's other pods want some of it, too."""
 _AT_THE_LIMIT = 0.8
 """Of its limit a container uses when it is throttled; then a fifth of it is enough for the burners."""
 _LEAST_AT_THE_LIMIT = 0.2
 _FILLED = 0.95
+_BIGGER = 1.2
+"""By so much a service must exceed our program, so that what each still allocates makes no difference."""
 _TAKES_S = 12.0
 """Of one verb on all targets; the engine tries again."""
 FIRST_TO_GO = 1000
@@ -79,9 +81,7 @@ class _Stress:
             list(able), lambda ref: unfit(site, self.agent, ref, able[ref]["name"], {"lease": ""}), no_step, _TAKES_S
         )
         for ref, result in found.items():
-            if isinstance(result, DriverError):
-                raise result
-            seen, said = result
+            seen, said = value(result)
             if said:
                 yield objection(said)
             else:
@@ -114,7 +114,7 @@ class _Stress:
             }
 
         found = each(request.refs, read, step, _TAKES_S)
-        return {"pods": {str(ref): _value(result) for ref, result in found.items()}}
+        return {"pods": {str(ref): value(result) for ref, result in found.items()}}
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
         """Start the program in every target's container.
@@ -165,7 +165,7 @@ class _Stress:
     def active(self, site: Site, injection: Injection) -> Evidence:
         """What the container's own `/proc` and cgroup say; effective only where it was seen at every target."""
         found = each(injection.refs, lambda ref: self._active(site, injection, ref), no_step, _TAKES_S)
-        all_of = [_value(result) for result in found.values()]
+        all_of = [value(result) for result in found.values()]
         return Evidence(
             present=any(e.present for e in all_of),
             effective=all(e.effective for e in all_of),
@@ -244,6 +244,12 @@ class MemoryStress(_Stress):
                 "and the kernel would kill processes of other pods",
                 "resources.limits.memory on the container",
             )
+        elif _beyond(seen["cgroup"], int(params["bytes"])) and not _is_bigger(seen):
+            yield Objection(
+                f"the service in container {container['name']} of {ref.shown} is smaller ({_mib(seen['largest'])}) than the program "
+                f"that takes its memory ({_mib(seen['own'])}): the kernel would kill that instead",
+                "a size that fits the limit, or another target",
+            )
 
     def _ended(self, injection: Injection, ref: Ref, pod: Object | None) -> Evidence | None:
         before = injection.undo["pods"][str(ref)]
@@ -281,16 +287,20 @@ class MemoryStress(_Stress):
         return Evidence(present=True, effective=seen["held"] >= _FILLED * wanted, lines=(line, usage))
 
 
+def _beyond(group: dict[str, Any], size: int) -> bool:
+    """Whether so much more memory meets the limit."""
+    return size > int(group["memory_limit"]) - int(group["memory"] or 0) + int(group["cache"])
+
+
+def _is_bigger(seen: dict[str, Any]) -> bool:
+    """Whether the kernel takes the service, not our program: by size, and by the main process's `oom_score_adj`."""
+    bonus = (FIRST_TO_GO - int(seen["main"]["adj"] or 0)) * int(seen["cgroup"]["memory_limit"]) // 1000
+    most = max(int(seen["largest"]), int(seen["main"]["resident"]) + bonus)
+    return bool(seen["cgroup"]["oom_group"]) or most > _BIGGER * int(seen["own"])
+
+
 def _nothing(line: str) -> Evidence:
     return Evidence(present=False, effective=False, lines=(line,))
-
-
-def _value(result: Any) -> Any:
-    if isinstance(result, (NoPython, NotRunning)):
-        raise DriverError(str(result), driver=NAME) from result
-    if isinstance(result, DriverError):
-        raise result
-    return result
 
 
 def _mib(size: int | None) -> str:

@@ -86,11 +86,11 @@ class Agent:
         if done.code == 0:
             return json.loads(done.out.splitlines()[-1])
         said = (done.err.strip().splitlines() or [f"it ended with {done.code}"])[-1]
-        if done.code in (126, 127) or any(word in said for word in _NO_PYTHON):
+        if done.code in (126, 127) or done.code < 0 and any(word in said for word in _NO_PYTHON):
             raise NoPython(f"{where} has no python3", driver=NAME, verb="exec")
         if "SyntaxError" in said:
             raise NoPython(f"{where} has a python3 before {PYTHON[0]}.{PYTHON[1]}", driver=NAME, verb="exec")
-        if done.code < 0:
+        if done.code < 0 or done.code > 127:  # not started, or killed: with its container, or by the OOM killer
             if not is_running(site.cluster.get(ref.path), ref, container):
                 raise NotRunning(f"{where} is not running", driver=NAME, verb="exec")
             raise DriverUnavailable(f"{where}: {said}", driver=NAME, verb="exec")
@@ -126,7 +126,8 @@ def container_of(pod: Object | None, wanted: str) -> Object | None:
 
 def status_of(pod: Object | None, container: str) -> Object:
     """Its status; empty where there is none yet."""
-    return next((s for s in items(pod, "status", "containerStatuses") if s["name"] == container), Object())
+    found = items(pod, "status", "containerStatuses") + items(pod, "status", "ephemeralContainerStatuses")
+    return next((s for s in found if s["name"] == container), Object())
 
 
 def container_id(pod: Object | None, container: str) -> str:
@@ -140,10 +141,12 @@ def is_running(pod: Object | None, ref: Ref, container: str) -> bool:
     return there and bool(mapping(status_of(pod, container), "state", "running"))
 
 
-def unfit(site: Site, agent: Agent, ref: Ref, container: str, order: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def unfit(
+    site: Site, agent: Agent, ref: Ref, container: str, order: Mapping[str, Any], timeout_s: float = _ANSWER_S
+) -> tuple[dict[str, Any], str]:
     """What the program reads in the container, and why it could not (empty: it could). For guards."""
     try:
-        return agent.ask(site, ref, container, "look", order), ""
+        return agent.ask(site, ref, container, "look", order, timeout_s), ""
     except (NoPython, NotRunning) as e:
         return {}, str(e).partition(": ")[2]
 
@@ -196,3 +199,10 @@ def _result(future: Future[_R]) -> _R | DriverError:
         if isinstance(e, DriverError):
             return e
         raise
+
+
+def value(result: _R | DriverError) -> _R:
+    """A result of `each`. Raises DriverError: there is none."""
+    if isinstance(result, DriverError):
+        raise result
+    return result

@@ -71,6 +71,40 @@ def let_go(lease_id: str) -> None:
 def hold(site: Site, lease: Lease, agent: Agent, orders: Mapping[Ref, tuple[str, dict[str, Any]]], step: Step) -> None:
     """Start a holder in every target's container (`orders`: container, order) and keep it until `let_go`.
 
+    Raises:
+        InjectFailed, LeaseRefused: see `_begun`.
+    """
+    holding = _begun(site, lease, agent, orders, step, _ARMED_S)
+    _HELD[lease.id] = holding
+    holding.keep()
+
+
+def act(
+    site: Site,
+    lease: Lease,
+    agent: Agent,
+    orders: Mapping[Ref, tuple[str, dict[str, Any]]],
+    step: Step,
+    within_s: float,
+) -> None:
+    """The same for programs that do something and end. `within_s`: bound of what they prepare.
+
+    Raises:
+        InjectFailed, LeaseRefused: see `_begun`.
+    """
+    _begun(site, lease, agent, orders, step, within_s).close()
+
+
+def _begun(
+    site: Site,
+    lease: Lease,
+    agent: Agent,
+    orders: Mapping[Ref, tuple[str, dict[str, Any]]],
+    step: Step,
+    within_s: float,
+) -> Holding:
+    """Start a program in every target's container.
+
     First all are armed, then the lease is looked at, then they are told to go. Who takes the lease away looks for armed
     ones, too: if it came before the look, the look fails; if after, there is nobody left to hear the word.
 
@@ -78,27 +112,25 @@ def hold(site: Site, lease: Lease, agent: Agent, orders: Mapping[Ref, tuple[str,
         InjectFailed: one did not start. On failure: all streams are closed, which ends whatever was begun.
         LeaseRefused: the lease is not held any more. Nothing was begun.
     """
-    streams: dict[Ref, ExecStream] = {}
-    holding = Holding(streams)
+    holding = Holding({})
     try:
         for ref, (container, order) in orders.items():
             holding.streams[ref] = agent.start(site, ref, container, lease.id, {**order, "silence": SILENCE_S})
             step(0, len(orders))
-        _hear(lease, holding.streams, "armed", step)
+        _hear(lease, holding.streams, "armed", step, within_s)
         leases.held(site, lease)
         for stream in holding.streams.values():
             stream.write("go\n")
-        _hear(lease, holding.streams, "", step)
+        _hear(lease, holding.streams, "", step, _ARMED_S)
     except BaseException:
         holding.close()
         raise
-    _HELD[lease.id] = holding
-    holding.keep()
+    return holding
 
 
-def _hear(lease: Lease, streams: Mapping[Ref, ExecStream], wanted: str, step: Step) -> None:
+def _hear(lease: Lease, streams: Mapping[Ref, ExecStream], wanted: str, step: Step, within_s: float) -> None:
     """Wait until every holder has said its next word: `wanted`, or any that is no failure."""
-    end, heard = time.monotonic() + _ARMED_S, dict.fromkeys(streams, "")
+    end, heard = time.monotonic() + within_s, dict.fromkeys(streams, "")
     waiting = list(streams)
     while waiting:
         for ref in list(waiting):
@@ -112,7 +144,7 @@ def _hear(lease: Lease, streams: Mapping[Ref, ExecStream], wanted: str, step: St
                 raise _failed(lease, f"{ref.shown}: {_last_words(streams[ref])}")
         step(len(streams) - len(waiting), len(streams))
         if waiting and time.monotonic() >= end:
-            raise _failed(lease, f"{waiting[0].shown}: the holder did not start within {_ARMED_S:g} s")
+            raise _failed(lease, f"{waiting[0].shown}: the program did not start within {within_s:g} s")
 
 
 def _word(heard: str) -> dict[str, Any]:
@@ -126,7 +158,7 @@ def _last_words(stream: ExecStream) -> str:
         ended = stream.finish(1.0)
     except DriverError as e:
         return str(e)
-    return (ended.err.strip().splitlines() or [f"the holder ended with {ended.code}"])[-1]
+    return (ended.err.strip().splitlines() or [f"the program ended with {ended.code}"])[-1]
 
 
 def _failed(lease: Lease, said: str) -> InjectFailed:
