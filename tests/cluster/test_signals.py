@@ -46,12 +46,9 @@ class Observed:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        lines: list[str] = []
-        for line in self._process.stdout:
-            lines.append(line)
-            if line.startswith("}"):
-                self._event(time.monotonic(), json.loads("".join(lines)))
-                lines = []
+        with self._process.stdout as lines:  # one event a line
+            for line in lines:
+                self._event(time.monotonic(), json.loads(line))
 
     def _event(self, at: float, event: dict[str, Any]) -> None:
         pod = event["object"]
