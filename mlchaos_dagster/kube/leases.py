@@ -140,15 +140,16 @@ class ClusterLedger:
                     lambda other: _clash(other, held_keys, within),
                     self.clock,
                 )
+                self._note(head(found))
+                self.renew(lease)  # from now on the lease itself tells that it won, should the register be lost
                 # Once more: who pulled it after the look above may not have seen the lease.
                 self._refuse_if_pulled()
             except ValueError as e:
-                self._discard(made)
+                self._discard(lease.id, made)
                 raise StoreError(f"cannot write the lease {lease.id} to the cluster: {e}") from e
             except BaseException:  # also an interrupt: a lease that open() did not return must not stay
-                self._discard(made)
+                self._discard(lease.id, made)
                 raise
-        self._note(head(found))
         return lease
 
     def renew(self, lease: Lease) -> None:
@@ -336,8 +337,9 @@ class ClusterLedger:
         except NotFound as e:
             raise StoreError(f"there is no namespace {self.namespace} in the cluster; {INSTALL}") from e
 
-    def _discard(self, made: list[str]) -> None:
+    def _discard(self, lease_id: str, made: list[str]) -> None:
         """The Lease first. What cannot be removed now, the sweeper removes."""
+        self._mine.pop(lease_id, None)
         for path in made:
             with contextlib.suppress(DriverError):
                 self.cluster.delete(path)

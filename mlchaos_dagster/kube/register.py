@@ -49,8 +49,10 @@ def enter(
     for attempt in range(_TRIES):
         register = cluster.get(f"{collection}/{NAME}")
         others = {h.id: h for h in heads() if h.id != lease_id}
-        # Without a register (the first use, or somebody deleted it) whatever is there counts as winner.
-        won = set(others) if register is None else {x for x in text(register, "data", "open").split() if x in others}
+        if register is None:  # the first use, or somebody deleted it: who was ever renewed has won
+            won = {x for x, other in others.items() if other.beat}
+        else:
+            won = {x for x in text(register, "data", "open").split() if x in others}
         for other in sorted(won):
             if said := clash(others[other]):
                 raise LeaseRefused(said)

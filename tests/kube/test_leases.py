@@ -84,7 +84,7 @@ def test_what_was_opened_is_read_back_whole_and_leaves_nothing_when_closed() -> 
     assert other.leases() == (lease,)
     mine.renew(lease)
     mine.check(lease)
-    assert ledger(api, pid=3).beat(lease.id) == 1
+    assert ledger(api, pid=3).beat(lease.id) == 2  # opened, renewed
     mine.close(lease, ("clean",))
     assert left(api, "leases") == left(api, "secrets") == []
     with pytest.raises(LeaseRefused):
