@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, urlencode
 
 from mlchaos_dagster.domain.environment import Kubernetes
 from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable
 from mlchaos_dagster.kube.objects import items, text
+
+_R = TypeVar("_R")
 
 NAME = "kubernetes"
 CALLS_PER_S = 50.0
@@ -426,7 +428,9 @@ class ExecStream:
         """What it has written since, waiting at most `timeout_s` seconds. Raises DriverUnavailable: the connection broke."""
         if self.running:
             self._attempt(lambda: self._socket.update(timeout=timeout_s))
-        return str(self._socket.read_stdout(timeout=0) or "") if self._socket.peek_stdout(timeout=0) else ""
+        return self._attempt(
+            lambda: str(self._socket.read_stdout(timeout=0) or "") if self._socket.peek_stdout() else ""
+        )
 
     def finish(self, timeout_s: float) -> ExecResult:
         """Wait for its end. Raises DriverUnavailable: the connection broke before it."""
@@ -444,9 +448,9 @@ class ExecStream:
         code = _exit_code(status)
         return ExecResult(code, out, err or ("" if code >= 0 else _why(status)))
 
-    def _attempt(self, call: Callable[[], None]) -> None:
+    def _attempt(self, call: Callable[[], _R]) -> _R:
         try:
-            call()
+            return call()
         except Exception as e:
             said = f"the command in {self.where} broke off: {_first_line(e)}"
             raise DriverUnavailable(said, driver=NAME, verb="exec") from e
