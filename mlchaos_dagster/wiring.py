@@ -9,7 +9,7 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
@@ -241,6 +241,7 @@ def build_run(
     from mlchaos_dagster.engine.stops import FileStop, LeaseStop, SignalStop, StopFiles
     from mlchaos_dagster.engine.store import RecordStore
     from mlchaos_dagster.engine.watchdog import start_watchdog
+    from mlchaos_dagster.judgement.measures import signals_needed
 
     backend = environment.backend_for(experiment.fault.kind)
     if backend is None:
@@ -265,7 +266,7 @@ def build_run(
         clock=clock,
         driver=driver(backend, home, environment.name),
         requests=request_source(environment, home),
-        signals=signal_source(environment, home, experiment.target),
+        signals=signal_source(environment, home, experiment.target, signals_needed(experiment, environment)),
         ledger=leases,
         start_watcher=start_watcher,
         owner=owner,
@@ -450,13 +451,16 @@ def probe_headers(environment: Environment, home: Home | None = None) -> dict[st
     return found
 
 
-def signal_source(environment: Environment, home: Home, target: str = "") -> SignalSource:
+def signal_source(
+    environment: Environment, home: Home, target: str = "", needed: Collection[str] = ()
+) -> SignalSource:
     """Gauges of the sandbox or of the cluster, and one per PromQL SLI.
 
     Args:
         environment: Where.
         home: State of this machine.
         target: Name of what the experiment hits; on a cluster its replicas are the ones that are told.
+        needed: Signals that the experiment rests on; on a cluster pods are asked for the others once a second only.
     """
     from mlchaos_dagster.probes.signals import MergedSignals, PolledSignals
 
@@ -472,10 +476,14 @@ def signal_source(environment: Environment, home: Home, target: str = "") -> Sig
                 names.add(f"sli:{name}")
                 readers.append((_promql(environment, home, name, sli.query), max(1.0, interval)))
     polled = PolledSignals(readers, sorted(names))
-    return MergedSignals([polled, *_cluster_signals(environment, home, target)]) if environment.kubernetes else polled
+    if environment.kubernetes is None:
+        return polled
+    return MergedSignals([polled, *_cluster_signals(environment, home, target, needed)])
 
 
-def _cluster_signals(environment: Environment, home: Home, target: str) -> list[SignalSource]:
+def _cluster_signals(
+    environment: Environment, home: Home, target: str, needed: Collection[str]
+) -> list[SignalSource]:
     """What the cluster tells of the target, and what pods tell of themselves."""
     from mlchaos_dagster.probes.kubernetes import KubernetesSignals
     from mlchaos_dagster.probes.kubernetes_metrics import PodSignals
@@ -490,7 +498,7 @@ def _cluster_signals(environment: Environment, home: Home, target: str) -> list[
         )
     ]
     if options.metrics:
-        found.append(PodSignals(cluster, options, environment.signals, interval))
+        found.append(PodSignals(cluster, options, environment.signals, needed, interval))
     return found
 
 
