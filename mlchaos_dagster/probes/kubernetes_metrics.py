@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
@@ -31,6 +31,8 @@ _PROXY_EVERY_S = 1.0
 _TRIES = 3
 """Rounds without a single direct answer before the API server is asked to pass it on."""
 _THREADS = 8
+_QUICK_S = 0.1
+_SLOW_S = 1.0
 
 
 class ProxyApi(Api, Protocol):
@@ -194,14 +196,20 @@ class PodSignals:
         api: The cluster.
         options: Of the environment.
         names: Signals that are wanted.
-        interval_s: Between two readings.
+        needed: Those of them that matter to the experiment; pods that tell none of them are asked once a second only, so
+            that looking does not become a load.
+        interval_s: Between two readings of what is needed.
     """
 
-    def __init__(self, api: ProxyApi, options: Kubernetes, names: Iterable[str], interval_s: float) -> None:
+    def __init__(
+        self, api: ProxyApi, options: Kubernetes, names: Iterable[str], needed: Collection[str], interval_s: float
+    ) -> None:
         wanted = frozenset(names)
         readers = [MetricsReader(api, entry, options.namespace, wanted) for entry in options.metrics]
         self.readers = [reader for reader in readers if reader.signals]
-        self._polled = PolledSignals([(reader.read, interval_s) for reader in self.readers], sorted(wanted))
+        quick, slow = max(_QUICK_S, interval_s), max(_SLOW_S, interval_s)
+        polled = [(r.read, slow if r.signals.keys().isdisjoint(needed) else quick) for r in self.readers]
+        self._polled = PolledSignals(polled, sorted(wanted))
 
     def start(self, zero: float) -> None:
         """Begin reading."""
