@@ -1,0 +1,389 @@
+"""Network faults on real pods, seen from a client pod and read from its netfilter by an observer of our own."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from mlchaos_dagster.domain.environment import Kubernetes, Target
+from mlchaos_dagster.drivers.kubernetes import agents
+from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.errors import InjectFailed, LeaseRefused
+from mlchaos_dagster.kube.client import Cluster
+from mlchaos_dagster.kube.labels import LEASE
+from tests.cluster.conftest import HELPER_IMAGE, Faulting, deploy, eventually, kubectl, objects, pods, ready
+
+LINK = "app=client->app=web"
+CONNECT = """
+import socket, sys, time
+host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for _ in range(count):
+    start = time.monotonic()
+    try:
+        socket.create_connection((host, port), 3).close()
+        print(f"{time.monotonic() - start:.4f}")
+    except OSError as e:
+        print("no", type(e).__name__)
+"""
+KEPT_OPEN = """
+import socket, sys, time
+s = socket.create_connection((sys.argv[1], 80)); s.settimeout(1)
+while True:
+    start = time.monotonic()
+    try:
+        s.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n"); said = s.recv(4096)
+        print("ok" if said else "closed", flush=True)
+        if not said: break
+    except OSError as e:
+        print("no", type(e).__name__, flush=True); break
+    time.sleep(0.2)
+"""
+
+
+class Client:
+    """A pod from which the observer connects, by kubectl."""
+
+    def __init__(self, namespace: str, pod: str, host: str) -> None:
+        self.namespace, self.pod, self.host = namespace, pod, host
+
+    def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
+        return kubectl(
+            "exec", "-n", self.namespace, self.pod, "-c", "web", "--", *command, check=check, timeout=timeout
+        )
+
+    def connects(self, count: int = 3, host: str = "", port: int = 80) -> list[float | None]:
+        said = self.run("python3", "-c", CONNECT, host or self.host, str(port), str(count))
+        return [None if line.startswith("no") else float(line) for line in said.split("\n") if line]
+
+    def rules(self, agent: str) -> str:
+        """What iptables says, from inside the pod's network."""
+        return kubectl("exec", "-n", self.namespace, self.pod, "-c", agent, "--", "iptables-save", check=False)
+
+
+@pytest.fixture
+def client(namespace: str) -> Client:
+    """A client and two servers behind a Service, on their feet."""
+    with ThreadPoolExecutor(2) as two:
+        list(two.map(lambda a: deploy(namespace, *a), [("web", 2), ("client", 1)]))
+    host = objects("services", namespace)
+    address = next(s["spec"]["clusterIP"] for s in host if s["metadata"]["name"] == "web")
+    found = Client(namespace, pods(namespace, "app=client")[0]["metadata"]["name"], address)
+    assert all(t is not None and t < 0.3 for t in found.connects())
+    return found
+
+
+def now(namespace: str, pod: str) -> dict[str, Any]:
+    return json.loads(kubectl("get", "pod", "-n", namespace, pod, "-o", "json"))
+
+
+@pytest.mark.req("R2-03")
+def test_latency_on_a_link_is_what_was_asked_for(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
+    lease = faulting.lease("network_latency", LINK, latency_s=0.5, jitter_s=0.1)
+    start = time.monotonic()
+    driver.inject(lease)
+    injected = time.monotonic() - start
+    during = client.connects(12)
+    values = [t for t in during if t is not None]
+    assert len(values) == 12 and all(0.38 <= t <= 0.65 for t in values), during
+    assert 0.44 <= statistics.mean(values) <= 0.56 and max(values) - min(values) > 0.02, during
+    evidence = driver.active(lease)
+    assert evidence.present and evidence.effective and "answered after" in evidence.lines[0], evidence
+    assert "MLCHAOS-" in client.rules(agents.name_of(lease))
+    assert client.connects(2, pods(client.namespace, "app=client")[0]["status"]["podIP"], 8080)[0]  # its own loopback
+    start = time.monotonic()
+    driver.recover(lease)
+    recovered = time.monotonic() - start
+    assert all(t is not None and t < 0.2 for t in client.connects())
+    assert "MLCHAOS-" not in client.rules(agents.name_of(lease))
+    evidence = driver.active(lease)
+    assert not evidence.present and "read from the pod's netfilter" in evidence.lines[0], evidence
+    print(f"\ninject {injected:.2f} s, recover {recovered:.2f} s, mean {statistics.mean(values):.4f}")
+
+
+OTHER_PROCESS = """
+import pickle, sys, os, signal
+from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+from mlchaos_dagster.kube.address import connect
+lease, options = pickle.loads(bytes.fromhex(sys.stdin.read()))
+getattr(KubernetesDriver.at(connect(options), options), sys.argv[1])(lease)
+print("done", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def elsewhere(verb: str, lease: Lease, options: Kubernetes) -> subprocess.Popen[str]:
+    """A verb in a process of its own, which is killed right after it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS, verb], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    process.stdin.write(pickle.dumps((lease, options)).hex())
+    process.stdin.close()
+    return process
+
+
+def observed(namespace: str, pod: str) -> str:
+    """iptables-save of the pod's network, from a debug container that is none of ours."""
+    name = f"look-{uuid.uuid4().hex[:6]}"
+    where = ["-n", namespace, pod, "-c", name]
+    kubectl("debug", *where, f"--image={HELPER_IMAGE}", "--profile=netadmin", "--", "iptables-save")
+    eventually(lambda: ended(now(namespace, pod), name))
+    return kubectl("logs", *where)
+
+
+def ended(pod: dict[str, Any], name: str) -> bool:
+    found = [s for s in pod["status"].get("ephemeralContainerStatuses", []) if s["name"] == name]
+    return bool(found) and "terminated" in found[0]["state"]
+
+
+@pytest.mark.req("R1-03")
+def test_partition_cuts_what_stands_and_ends_at_its_deadline_though_the_run_is_killed(
+    client: Client, faulting: Faulting, driver: KubernetesDriver, options: Kubernetes
+) -> None:
+    kept = subprocess.Popen(
+        [
+            "kubectl",
+            "exec",
+            "-n",
+            client.namespace,
+            client.pod,
+            "-c",
+            "web",
+            "--",
+            "python3",
+            "-c",
+            KEPT_OPEN,
+            client.host,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert kept.stdout is not None and kept.stdout.readline() == "ok\n"
+    lease = faulting.lease("network_partition", LINK, duration_s=12.0)
+    process = elsewhere("inject", lease, options)
+    assert process.communicate()[0] == "done\n" and process.returncode == -signal.SIGKILL
+    began = time.monotonic()
+    assert client.connects(1) == [None]
+    evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 6)
+    assert "no connection from" in evidence.lines[0], evidence
+    assert kept.stdout.read().endswith("no TimeoutError\n")  # and not one answer after the cut
+    assert client.connects(1, "10.96.0.1", 443)[0] is not None  # another link: untouched
+    assert ready(now(client.namespace, client.pod))
+    eventually(lambda: client.connects(1)[0] is not None, 25)
+    assert 9 <= time.monotonic() - began <= 18
+    evidence = driver.active(lease)
+    assert not evidence.present and "deadline" in evidence.lines[0], evidence
+    eventually(lambda: ended(now(client.namespace, client.pod), agents.name_of(lease)))
+    assert not driver.active(lease).present  # from its last words
+    driver.recover(lease)
+    assert LEASE not in now(client.namespace, client.pod)["metadata"].get("annotations", {})
+    assert "MLCHAOS" not in observed(client.namespace, client.pod)
+
+
+@pytest.mark.req("R1-03")
+def test_loss_loses_that_fraction(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
+    lease = faulting.lease("network_loss", LINK, fraction=0.2)
+    driver.inject(lease)
+    evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 5)
+    assert "packets that came in were lost" in evidence.lines[-2], evidence
+    with ThreadPoolExecutor(4) as few:
+        tries = [t for batch in few.map(lambda _: client.connects(30), range(4)) for t in batch]
+    slow = sum(t is None or t > 0.9 for t in tries) / len(tries)  # a lost SYN-ACK comes again after a second
+    assert 0.06 <= slow <= 0.36, tries
+    driver.recover(lease)
+    assert all(t is not None and t < 0.3 for t in client.connects(30))
+
+
+@pytest.mark.req("R1-03")
+@pytest.mark.parametrize("kind", ["network_latency", "network_partition"])
+def test_an_agent_that_is_killed_takes_its_fault_along(
+    client: Client, faulting: Faulting, driver: KubernetesDriver, options: Kubernetes, kind: str
+) -> None:
+    params = {"latency_s": 1.0, "jitter_s": 0.0} if kind == "network_latency" else {}
+    lease = faulting.lease(kind, LINK, **params)
+    driver.inject(lease)
+    during = client.connects(1)[0]
+    assert during is None or during >= 0.99
+    name = agents.name_of(lease)
+    kill = "import os; os.kill(-1, 9)"
+    kubectl("exec", "-n", client.namespace, client.pod, "-c", name, "--", "python3", "-c", kill, check=False)
+    eventually(lambda: (client.connects(1)[0] or 9) < 0.5, 2 if kind == "network_latency" else 8)
+    assert "MLCHAOS" in observed(client.namespace, client.pod)  # inert, and still to be removed
+    evidence = driver.active(lease)
+    assert evidence.present and not evidence.effective and "died" in evidence.lines[0], evidence
+    process = elsewhere("recover", lease, options)
+    assert process.communicate()[0] == "done\n"
+    evidence = driver.active(lease)
+    assert not evidence.present and f"{name}-c1" in evidence.lines[0], evidence
+    assert "MLCHAOS" not in observed(client.namespace, client.pod)
+    with pytest.raises(InjectFailed, match="recovered"):
+        driver.inject(lease)
+
+
+def test_killed_between_the_patch_and_the_start_leaves_no_effect(
+    client: Client, faulting: Faulting, driver: KubernetesDriver, options: Kubernetes
+) -> None:
+    lease = faulting.lease("network_partition", LINK)
+    process = elsewhere("inject", lease, options)
+    name = agents.name_of(lease)
+
+    def patched() -> bool:
+        spec = now(client.namespace, client.pod)["spec"]
+        return any(c["name"] == name for c in spec.get("ephemeralContainers", []))
+
+    eventually(patched, every=0.01)
+    process.kill()
+    assert process.communicate()[0] == ""
+    driver.recover(lease)
+    assert client.connects(1)[0] is not None
+    assert not driver.active(lease).present
+    assert "MLCHAOS" not in client.rules(name)
+    with pytest.raises(InjectFailed, match="recovered"):
+        driver.inject(lease)
+
+
+def test_a_recovery_in_the_middle_of_inject_shuts_it_out(
+    client: Client, faulting: Faulting, driver: KubernetesDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment between reading the pod and writing to it, and somebody recovers right then."""
+    lease = faulting.lease("network_partition", LINK)
+    looks: list[int] = []
+
+    def held(*_: Any) -> None:
+        looks.append(1)
+        if len(looks) > 1:
+            raise LeaseRefused("closed")
+        driver.recover(lease)
+
+    monkeypatch.setattr("mlchaos_dagster.kube.leases.held", held)
+    with pytest.raises(LeaseRefused):
+        driver.inject(lease)
+    pod = now(client.namespace, client.pod)
+    assert len(looks) == 2 and not pod["spec"].get("ephemeralContainers")
+    assert not [k for k in pod["metadata"].get("annotations", {}) if "mlchaos" in k]
+    assert not driver.active(lease).present
+
+
+@pytest.mark.req("R1-03")
+def test_pods_that_are_replaced(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
+    lease = faulting.lease("network_partition", LINK)
+    driver.inject(lease)
+    kubectl("delete", "pod", "-n", client.namespace, "-l", "app=web", "--wait=true")
+    kubectl("rollout", "status", "-n", client.namespace, "deployment/web", "--timeout=60s")
+    assert client.connects(1) == [None]  # the Service's address is cut, whoever is behind it
+    evidence = driver.active(lease)
+    assert evidence.effective and "is hit through web only" in evidence.lines[-1], evidence
+    kubectl("delete", "pod", "-n", client.namespace, client.pod, "--wait=true")
+    driver.recover(lease)
+    evidence = driver.active(lease)
+    assert not evidence.present and "is gone" in evidence.lines[0], evidence
+
+
+@pytest.mark.req("R1-03")
+def test_names_do_not_resolve(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
+    asked = "import socket\ntry:\n socket.getaddrinfo('web', 80); print('yes')\nexcept OSError: print('no')"
+    assert client.run("python3", "-c", asked) == "yes\n"
+    lease = faulting.lease("dns_failure", "app=client")
+    driver.inject(lease)
+    assert client.run("python3", "-c", asked) == "no\n"
+    assert client.connects(1)[0] is not None
+    evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 5)
+    assert "no answer from the name server" in evidence.lines[0], evidence
+    driver.recover(lease)
+    assert client.run("python3", "-c", asked) == "yes\n"
+
+
+@pytest.mark.req("R0-04")
+def test_a_whole_pod_is_slow_or_cut_off_and_its_node_still_reaches_it(
+    client: Client, faulting: Faulting, driver: KubernetesDriver
+) -> None:
+    slow = faulting.lease("network_latency", "app=web", latency_s=2.0, jitter_s=0.0)
+    driver.inject(slow)
+    values = [t for t in client.connects(2) if t is not None]
+    assert len(values) == 2 and all(1.98 <= t <= 2.3 for t in values), values
+    evidence = eventually(lambda: e if (e := driver.active(slow)).effective else None, 6)
+    assert len([line for line in evidence.lines if "the name server" in line]) == 2, evidence  # in both pods
+    assert all(
+        ready(p) and not p["status"]["containerStatuses"][0]["restartCount"] for p in pods(client.namespace, "app=web")
+    )
+    driver.recover(slow)
+    off = faulting.lease("network_isolation", "app=web")
+    driver.inject(off)
+    assert client.connects(1) == [None]
+    eventually(lambda: driver.active(off).effective, 6)
+    time.sleep(3)  # three rounds of the kubelet's readiness probe
+    assert all(ready(p) for p in pods(client.namespace, "app=web"))
+    driver.recover(off)
+    assert client.connects(1)[0] is not None
+    assert not driver.active(off).present
+
+
+@pytest.mark.req("R1-03")
+def test_a_policy_cuts_where_pod_security_keeps_the_agent_out(
+    client: Client, faulting: Faulting, driver: KubernetesDriver, cluster: Cluster, options: Kubernetes
+) -> None:
+    kubectl("label", "namespace", client.namespace, "pod-security.kubernetes.io/enforce=baseline")
+    with pytest.raises(AssertionError, match="NET_ADMIN.*kubernetes.network: policy"):
+        faulting.lease("network_partition", LINK)
+    by_policy = KubernetesDriver.at(cluster, options.model_copy(update={"network": "policy"}))
+    assert driver.self_limiting - by_policy.self_limiting == {"network_partition", "network_isolation"}
+    faulting = Faulting(by_policy, faulting.tmp_path)
+    with pytest.raises(AssertionError, match="cannot be made by a NetworkPolicy"):
+        faulting.lease("network_latency", LINK, latency_s=0.5, jitter_s=0.0)
+    for kind, select in (("network_partition", LINK), ("network_isolation", "app=client")):
+        lease = faulting.lease(kind, select)
+        by_policy.inject(lease)
+        eventually(lambda: client.connects(1) == [None], 5)
+        assert (client.connects(1, "10.96.0.1", 443)[0] is not None) == (kind == "network_partition")
+        evidence = eventually(lambda held=lease: e if (e := by_policy.active(held)).effective else None, 6)
+        assert "stands, 1 pods labelled" in evidence.lines[0], evidence
+        with pytest.raises(AssertionError, match="policies only add permissions"):
+            faulting.lease(kind, select)
+        by_policy.recover(lease)
+        assert not objects("networkpolicies", client.namespace)
+        assert "mlchaos.dev/fault" not in now(client.namespace, client.pod)["metadata"]["labels"]
+        assert client.connects(1)[0] is not None
+        assert not by_policy.active(lease).present
+
+
+def test_pods_in_the_nodes_network_are_refused(namespace: str, driver: KubernetesDriver) -> None:
+    body = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "host", "labels": {"app": "host"}},
+        "spec": {
+            "hostNetwork": True,
+            "containers": [{"name": "c", "image": "local/pause:1", "imagePullPolicy": "IfNotPresent"}],
+        },
+    }
+    kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(body))
+    kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod/host", "--timeout=30s")
+    target = Target(select="app=host")
+    ids = driver.resolve(target)
+    refused = driver.preflight("network_isolation", ids, ids, {}, target=target)
+    assert any("the fault would hit the node" in o.saw for o in refused), refused
+
+
+def test_an_agent_whose_image_is_missing_fails_at_once_and_recovers(
+    client: Client, faulting: Faulting, driver: KubernetesDriver
+) -> None:
+    lease = faulting.lease("network_partition", LINK)
+    lease.undo["options"]["helper_image"] = "local/missing:1"
+    start = time.monotonic()
+    with pytest.raises(InjectFailed, match="local/missing:1.*does not start"):
+        driver.inject(lease)
+    assert time.monotonic() - start < 10
+    driver.recover(lease)
+    evidence = driver.active(lease)
+    assert not evidence.present and "never ran" in evidence.lines[0], evidence
