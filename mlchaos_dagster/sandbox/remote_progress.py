@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 import threading
 import time
@@ -20,7 +21,10 @@ from .progress import Progress
 
 TOKEN_HEADER = "X-Sandbox-Token"
 """As in ``service``, which would bring a web server along."""
+HOLDER_HEADER = "X-Holder"
 _EVERY_S = 0.1
+_TAKEN = 409
+_SUPERSEDED = 3
 _TIMEOUT_S = 1.0
 _RECALL_S = 5.0
 _MOMENTS = ("checkpoint_at", "started_at", "updated_at")
@@ -47,22 +51,73 @@ def heard(content: Mapping[str, Any]) -> Progress:
     return Progress(**numbers)
 
 
-class RemoteProgress(Progress):
-    """The worker's end, in place of ``ProgressFile``."""
+def become(url: str, token: str, holder: str) -> str:
+    """Ask which worker this pod is; blocks until there is one to be."""
+    ask, said = _Wire(url, token, holder), ""
+    while True:
+        try:
+            return str(json.loads(ask("POST", "/slots", json.dumps({"holder": holder})))["worker"])
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            if repr(error) != said:
+                sys.stderr.write(f"no worker to be yet: {error!r}\n")
+            said = repr(error)
+        time.sleep(_EVERY_S)
 
-    def __init__(self, url: str, token: str, worker: str) -> None:
-        super().__init__()
-        self._netloc, self._path = urlsplit(url).netloc, f"/progress/{worker}"
-        self._headers = {TOKEN_HEADER: token, "Content-Type": "application/json"}
-        self._news = threading.Event()
+
+class Superseded(http.client.HTTPException):
+    """Another pod is this worker now."""
+
+
+class _Wire:
+    """Requests to the training status service over one kept connection; from one thread."""
+
+    def __init__(self, url: str, token: str, holder: str) -> None:
+        self._netloc = urlsplit(url).netloc
+        self._headers = {TOKEN_HEADER: token, HOLDER_HEADER: holder, "Content-Type": "application/json"}
         self._connection: http.client.HTTPConnection | None = None
+
+    def __call__(self, method: str, path: str, body: str | None = None) -> bytes:
+        """The answer; empty: nothing is known there. Raises OSError, HTTPException, Superseded."""
+        if self._connection is None:
+            self._connection = http.client.HTTPConnection(self._netloc, timeout=_TIMEOUT_S)
+        try:
+            self._connection.request(method, path, body, self._headers)
+            response = self._connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            self._connection = None
+            raise
+        if response.status == _TAKEN:
+            raise Superseded(content.decode(errors="replace"))
+        if response.status not in (200, 404):
+            raise http.client.HTTPException(f"{method} {path}: HTTP {response.status}")
+        return content if response.status == 200 else b""
+
+
+class RemoteProgress(Progress):
+    """The worker's end, in place of ``ProgressFile``.
+
+    Args:
+        url: of the training status service.
+        token: of the platform.
+        worker: whose progress it is.
+        holder: who this process is, where workers are given out (``become``); empty: nobody asks.
+    """
+
+    def __init__(self, url: str, token: str, worker: str, holder: str = "") -> None:
+        super().__init__()
+        self._path, self._slot = f"/progress/{worker}", f"/slots/{worker}"
+        self._ask = _Wire(url, token, holder)
+        self._farewell = _Wire(url, token, holder)
+        self._news, self._over = threading.Event(), threading.Event()
 
     def recall(self) -> None:
         """Take over what an earlier process told, and begin to tell. Blocks; gives up after ``_RECALL_S``."""
         end = time.monotonic() + _RECALL_S
         while True:
             try:
-                if earlier := self._ask("GET"):
+                if earlier := self._ask("GET", self._path):
                     for name, value in vars(heard(json.loads(earlier))).items():
                         setattr(self, name, value)
                 break
@@ -79,28 +134,25 @@ class RemoteProgress(Progress):
         if self.pid:
             self._news.set()
 
+    def leave(self) -> None:
+        """Tell that this process ends: the next one need not wait for its silence. Blocks for a moment."""
+        self._over.set()
+        try:
+            self._farewell("DELETE", self._slot)
+        except (OSError, http.client.HTTPException):
+            pass  # then it waits
+
     def _tell(self) -> None:
         while True:
             self._news.wait()
             self._news.clear()
+            if self._over.is_set():
+                return
             try:
-                self._ask("PUT", json.dumps(told(self)))
+                self._ask("PUT", self._path, json.dumps(told(self)))
+            except Superseded as error:
+                sys.stderr.write(f"superseded: {error}\n")
+                os._exit(_SUPERSEDED)  # two that write the same checkpoints would be worse than one that ends
             except (OSError, http.client.HTTPException):
                 pass  # the next word has it all
             time.sleep(_EVERY_S)
-
-    def _ask(self, method: str, body: str | None = None) -> bytes:
-        """The answer; empty: nothing is known there. Raises OSError, HTTPException."""
-        if self._connection is None:
-            self._connection = http.client.HTTPConnection(self._netloc, timeout=_TIMEOUT_S)
-        try:
-            self._connection.request(method, self._path, body, self._headers)
-            response = self._connection.getresponse()
-            content = response.read()
-        except (OSError, http.client.HTTPException):
-            self._connection.close()
-            self._connection = None
-            raise
-        if response.status not in (200, 404):
-            raise http.client.HTTPException(f"{method} {self._path}: HTTP {response.status}")
-        return content if response.status == 200 else b""

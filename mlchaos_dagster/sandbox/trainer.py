@@ -23,7 +23,7 @@ from .checkpoints import Shelf
 from .learner import Learner
 from .lifeline import Lifeline
 from .progress import ProgressFile, path_of
-from .remote_progress import RemoteProgress
+from .remote_progress import RemoteProgress, become
 from .s3 import S3, S3Error, S3Unavailable
 from .shard_reader import ShardReader
 
@@ -50,14 +50,14 @@ class Trainer:
             say: takes (ready, reason).
         """
         name, token, mechanisms = str(config["name"]), str(config["token"]), config["mechanisms"]
-        # A supervisor counts its workers from 1, an indexed Job from 0: each has its own share either way.
+        # A supervisor counts its workers from 1, the status service from 0: each has its own share either way.
         number = (int(name.rpartition("-")[2]) - 1) % WORKERS
         self._patient = bool(mechanisms["retries"])
         tries = _TRIES if self._patient else 1
         sandbox = int.from_bytes(hashlib.sha256(token.encode()).digest()[:7], "big")
         self.progress: ProgressFile | RemoteProgress
         if status := dict(config.get("peers") or {}).get("training_status"):
-            self.progress = RemoteProgress(status, token, name)
+            self.progress = RemoteProgress(status, token, name, str(config.get("holder") or ""))
         else:
             self.progress = ProgressFile(path_of(Path.cwd(), name), sandbox)
         self.learner = Learner(int(config["seed"]), number)
@@ -197,6 +197,11 @@ async def main(lifeline: Lifeline) -> None:
     from .service import Service
 
     service = Service(lifeline)
+    config, status = service.config, service.peers.get("training_status", "")
+    if status:
+        # A pod is whichever worker has none: what its Job knows of it is a random name.
+        worker = await asyncio.to_thread(become, status, str(config["token"]), str(config["name"]))
+        config |= {"holder": config["name"], "name": worker}
     trainer = Trainer(
         service.config,
         lambda: service.peers.get("object_store", ""),
@@ -237,5 +242,8 @@ async def main(lifeline: Lifeline) -> None:
     tasks: list[asyncio.Task[None]] = []
     service.app.router.add_get("/state", state)
     await service.serve(started)
-    # Not 0, for training is not done: a Job would take it for completed. At once: threads may wait for a store that is gone.
-    os._exit(_TERMINATED)
+    if isinstance(trainer.progress, RemoteProgress):
+        # To its Job a pod is a slice of the training that ends when it is told to go: what is in the last checkpoint is done.
+        trainer.progress.leave()
+        os._exit(0)
+    os._exit(_TERMINATED)  # at once: threads may be waiting for a store that is gone
