@@ -30,9 +30,8 @@ from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable, 
 from mlchaos_dagster.kube import labels
 from mlchaos_dagster.kube.client import NAME, Cluster, Conflict
 from mlchaos_dagster.kube.lease_objects import Head, identity, now
-from mlchaos_dagster.kube.leases import ClusterLedger, collection
+from mlchaos_dagster.kube.leases import SWEEPER, ClusterLedger, collection
 from mlchaos_dagster.kube.objects import text
-from mlchaos_dagster.kube.pulse import SWEEPER
 from mlchaos_dagster.kube.refs import Ref
 
 TICK_S = 1.0

@@ -138,6 +138,21 @@ def cluster_ledger(home: Home, environment: str, namespace: str = "") -> Cluster
     return ClusterLedger(cluster, namespace or options.control_namespace, SystemClock())
 
 
+def cluster_of(environment: Environment, settings: Settings) -> ClusterLedger:
+    """The ledger in the cluster of an environment, also on a machine that never ran anything there.
+
+    Raises:
+        ConfigError: no such context, or it leads to another cluster.
+        DriverUnavailable: it does not answer.
+    """
+    from mlchaos_dagster.kube.address import remember
+    from mlchaos_dagster.kube.leases import ClusterLedger
+
+    assert environment.kubernetes is not None
+    cluster = remember(settings.home.cluster(environment.name), environment.kubernetes, settings.kubeconfig)
+    return ClusterLedger(cluster, environment.kubernetes.control_namespace, SystemClock())
+
+
 def prepare(environment: Environment, settings: Settings, experiment: Experiment | None = None) -> None:
     """Bring up what the environment owns: the embedded sandbox, when none is up, with the parts an experiment needs.
 
@@ -451,9 +466,7 @@ def probe_headers(environment: Environment, home: Home | None = None) -> dict[st
     return found
 
 
-def signal_source(
-    environment: Environment, home: Home, target: str = "", needed: Collection[str] = ()
-) -> SignalSource:
+def signal_source(environment: Environment, home: Home, target: str = "", needed: Collection[str] = ()) -> SignalSource:
     """Gauges of the sandbox or of the cluster, and one per PromQL SLI.
 
     Args:
@@ -481,9 +494,7 @@ def signal_source(
     return MergedSignals([polled, *_cluster_signals(environment, home, target, needed)])
 
 
-def _cluster_signals(
-    environment: Environment, home: Home, target: str, needed: Collection[str]
-) -> list[SignalSource]:
+def _cluster_signals(environment: Environment, home: Home, target: str, needed: Collection[str]) -> list[SignalSource]:
     """What the cluster tells of the target, and what pods tell of themselves."""
     from mlchaos_dagster.probes.kubernetes import KubernetesSignals
     from mlchaos_dagster.probes.kubernetes_metrics import PodSignals

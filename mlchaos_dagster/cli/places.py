@@ -9,9 +9,9 @@ from typing import Any
 
 from mlchaos_dagster import wiring
 from mlchaos_dagster.cli.app import App
+from mlchaos_dagster.cli.there import There
 from mlchaos_dagster.engine.active import FAULT, ActiveRun, ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
-from mlchaos_dagster.engine.ledger import FileLedger
 from mlchaos_dagster.engine.ports import Driver, Lease, SystemClock
 from mlchaos_dagster.engine.processes import is_running
 from mlchaos_dagster.engine.stops import StopFiles
@@ -24,7 +24,8 @@ class Places:
     def __init__(self, app: App) -> None:
         home = app.settings.home
         self.app, self.clock = app, SystemClock()
-        self.ledger = FileLedger(home.ledger, self.clock)
+        self.ledger = wiring.ledger(home)
+        self.there = There(app)
         self.stops = StopFiles(home)
         self.active = ActiveRuns(home.active, self.clock)
         self.incidents = IncidentLog(home.incidents, self.clock)

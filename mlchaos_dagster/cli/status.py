@@ -43,6 +43,7 @@ def _everything(app: App, places: Places) -> None:
     budget, why_budget = _ask(lambda: read_budget().remaining) if read_budget else (None, "none declared")
     lever = places.stops.lever()
     runs = runs_json(active, leases)
+    cluster = places.there.state() if environment.kubernetes is not None else None
     app.dump(
         {
             "home": str(app.settings.home.root),
@@ -55,6 +56,7 @@ def _everything(app: App, places: Places) -> None:
             "health_detail": why_health,
             "error_budget_remaining": budget,
             "error_budget_detail": why_budget,
+            "cluster": cluster,
         }
     )
     app.out(places.never_used or f"state         {app.settings.home.root}")
@@ -73,6 +75,25 @@ def _everything(app: App, places: Places) -> None:
             app.out("\na run is gone and its fault may be live; type: mlchaos recover")
     for path in unreadable:
         app.out(f"unreadable lease: {path}; type: mlchaos recover")
+    if cluster is not None:
+        _cluster(app, cluster, {x["id"] for x in leases})
+
+
+def _cluster(app: App, cluster: dict[str, Any], here: set[str]) -> None:
+    """What other machines do in the environment's cluster."""
+    if cluster["error"]:
+        app.out(f"cluster       unknown: {cluster['error']}")
+        return
+    lever, leases = cluster["lever"], [x for x in cluster["open_leases"] if x["id"] not in here]
+    app.out(f"cluster       sweeper {cluster['sweeper'] or 'NONE: kubectl apply -k manifests/kubernetes'}")
+    if lever is not None:
+        app.out(f"  lever       PULLED, no run may start: {lever}")
+    for x in leases:
+        app.out(f"  {x['id']}  {x['experiment']}  {x['fault']} on {listed(x['targets'])}  {x['owner']['host']}")
+    if not leases:
+        app.out("  no lease of another machine")
+    for path in cluster["unreadable_leases"]:
+        app.out(f"  unreadable lease: {path}; type: mlchaos clean -e {app.settings.environment}")
 
 
 def _run_line(run: dict[str, Any]) -> str:

@@ -46,13 +46,16 @@ def command(run: str | None, everything: bool, release: bool, reason: str) -> No
     if sum((run is not None, everything, release)) != 1:
         raise SpecError("needs exactly one of RUN, --all, --release. `mlchaos status` shows what runs.", "stop")
     places = Places(app)
-    if places.never_used:
+    if places.never_used and not places.there.exists:
         raise SpecError(places.never_used, "stop")
     if release:
         released = places.stops.release_lever()
-        app.dump({"home": str(app.settings.home.root), "lever": None, "released": released})
+        cluster = places.there.release() if places.there.exists else ""
+        app.dump({"home": str(app.settings.home.root), "lever": None, "released": released, "cluster": cluster})
         places.say_where()
         app.out("the lever is released: runs may start again" if released else "the lever was not pulled")
+        if cluster:
+            app.out(cluster)
         return
     reason = reason.encode(errors="replace").decode() or f"mlchaos stop, by {app.settings.user or 'somebody'}"
     stopper = Stopper(places, reason)
@@ -68,6 +71,8 @@ class Stopper:
         self.began = time.monotonic()
         self.finished = ""
         """Said when the run was over before."""
+        self.cluster = ""
+        """What became of the lever of the cluster, or of asking it; empty where there is none."""
 
     @property
     def seconds(self) -> float:
@@ -78,13 +83,20 @@ class Stopper:
         """Pull the lever first: it also keeps out what is about to start."""
         places = self.places
         places.stops.pull_lever(self.reason)
+        pulled = places.there.pull(self.reason) if places.there.exists else None
         # A lease that is being written by who looked at the lever before is there after this, or never.
         places.ledger.settled()
         runs, leases = places.active.running(), places.ledger.leases()
         places.incidents.write(
             "emergency_stop", self.reason, runs=[r.run_id for r in runs], leases=[x.id for x in leases]
         )
-        return self._until_safe(None, runs, leases, unreadable=bool(places.ledger.unreadable()))
+        results = self._until_safe(None, runs, leases, unreadable=bool(places.ledger.unreadable()))
+        if pulled is not None:
+            elsewhere, said = pulled.wait()
+            self.cluster = f"NOT pulled: {said}" if elsewhere is None else "pulled"
+            mine = {x.id for x in leases}
+            results += self._elsewhere([x for x in elsewhere or () if x.id not in mine])
+        return results
 
     def one(self, run: str) -> list[dict[str, Any]]:
         """Every active run that the word means. Raises SpecError: no such run."""
@@ -94,8 +106,7 @@ class Stopper:
         runs, leases = places.active.running(), places.ledger.leases()
         ids = matching(run, runs, leases) or self._of_stages(run, runs, leases)
         if not ids:
-            self._not_running(run)
-            return []
+            return self._of_other_machines(run) or self._not_running(run)
         runs, leases = [r for r in runs if r.run_id in ids], [x for x in leases if x.run_id in ids]
         for run_id in sorted(ids):
             places.stops.request(run_id, self.reason)
@@ -109,6 +120,31 @@ class Stopper:
             places.stops.forget(run_id)  # it left before it was asked, or was killed: nobody else would
         return results
 
+    def _of_other_machines(self, run: str) -> list[dict[str, Any]]:
+        """What the word means among the leases of the cluster; empty: nothing, or it does not answer."""
+        from mlchaos_dagster.cli.places import matching
+
+        there = self.places.there
+        if not there.exists:
+            return []
+        found, said = there.ask(lambda ledger: ledger.leases()).wait()
+        if found is None:
+            self.cluster = f"unknown: {said}"
+            return []
+        ids = matching(run, [], found) or self._of_stages(run, [], found)
+        leases = [x for x in found if x.run_id in ids]
+        if leases:
+            there.stop(leases, self.reason)
+            self.places.incidents.write("stop", self.reason, run=run, runs=sorted(ids), leases=[x.id for x in leases])
+        return self._elsewhere(leases)
+
+    def _elsewhere(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
+        """Leases of other machines: closed only after the proof, by their own runs or by the sweeper."""
+        return [
+            _row(lease, "its own run, or the sweeper", not error, seconds, (), "mlchaos status" if error else "", error)
+            for lease, seconds, error in self.places.there.until_gone(leases)
+        ]
+
     def _of_stages(self, run: str, runs: Sequence[ActiveRun], leases: Sequence[Lease]) -> set[str]:
         """Whichever stage of an experiment in stages is running; a library that is wrong keeps nobody from stopping."""
         from mlchaos_dagster.cli.places import matching
@@ -118,15 +154,16 @@ class Stopper:
             return {i for name in names if name != run for i in matching(name, runs, leases)}
         return set()
 
-    def _not_running(self, run: str) -> None:
+    def _not_running(self, run: str) -> list[dict[str, Any]]:
         try:
             found = self.places.store.find(run)
         except SpecError:
             if run not in self.places.app.catalog.names("experiment"):
                 raise
             self.finished = f"no run of {run} is active"
-            return
+            return []
         self.finished = f"run {found} is over; no fault of it is active"
+        return []
 
     def _until_safe(
         self, ids: set[str] | None, runs: Sequence[ActiveRun], leases: Sequence[Lease], unreadable: bool = False
@@ -237,7 +274,8 @@ def _run_row(
 
 
 def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stopper) -> None:
-    clean = all(r["clean"] for r in results)
+    # A cluster that was not reached may carry faults of other machines: unknown is never clean.
+    clean = all(r["clean"] for r in results) and not stopper.cluster.startswith("NOT")
     lever = places.stops.lever()
     app.dump(
         {
@@ -247,6 +285,7 @@ def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stop
             "seconds": round(stopper.seconds, 3),
             "lever": lever,
             "note": stopper.finished,
+            "cluster": stopper.cluster,
         }
     )
     places.say_where()
@@ -257,6 +296,8 @@ def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stop
         app.out(stopper.finished or "nothing was running")
     if lever is not None:
         app.out("the lever is pulled: no run starts until `mlchaos stop --release`")
+    if stopper.cluster:
+        app.out(f"cluster of {app.settings.environment}: the lever is {stopper.cluster}")
     if not clean:
         leave(_UNCLEAN)
 

@@ -44,6 +44,8 @@ KEPT = "ledger"
 """Key in `Lease.undo`: which ledger keeps the lease; absent: the cluster's."""
 NOWHERE = "nowhere"
 """Value of `KEPT` of a lease that no ledger knows: for tests of single handlers, set by the test itself."""
+SWEEPER = "mlchaos-sweeper"
+"""The Lease that the sweeper renews."""
 INSTALL = "kubectl apply -k manifests/kubernetes"
 """What makes the control namespace and the sweeper."""
 _TRIES = 10
@@ -273,6 +275,10 @@ class ClusterLedger:
     def overdue(self, lease: Lease) -> float:
         """Seconds past the deadline since this observer first saw it: an observer that comes late waits longer."""
         return self.seen_for(lease.id) - (lease.deadline_wall - lease.opened_wall)
+
+    def sweeper(self) -> str:
+        """Who sweeps this cluster, as the heart's object says; empty: nobody. Raises DriverError."""
+        return text(self.cluster.get(f"{self._leases}/{SWEEPER}"), "spec", "holderIdentity")
 
     def beat(self, lease_id: str) -> int:
         """The renewal counter, at most 0.3 s old. Raises StoreError."""

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from mlchaos_dagster.engine.ports import Clock
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import Cluster
-from mlchaos_dagster.kube.leases import INSTALL, collection
+from mlchaos_dagster.kube.leases import INSTALL, SWEEPER, collection
 from mlchaos_dagster.kube.lever import ClusterLever
 from mlchaos_dagster.kube.objects import text
 
-SWEEPER = "mlchaos-sweeper"
-"""The Lease that the sweeper renews."""
 POLL_S = 0.5
 _UNASKED_S = 20.0
 """A run asks at every sample."""
