@@ -234,6 +234,7 @@ class _Keeper:
         """The owner lives. Raises LeaseRefused: taken over there; StoreError: not renewed there for too long."""
         if self._refused is not None:
             raise self._refused
+        self._asked.set()  # in any case: when the cluster is back, the recovery goes on under a renewed lease
         now = self.clock.monotonic()
         waiting = self._waiting_since
         if waiting is None:
@@ -243,7 +244,6 @@ class _Keeper:
                 f"the lease {self.lease.id} could not be renewed in the cluster for {now - waiting:.1f} s: "
                 f"{self._said or 'no answer yet'}"
             )
-        self._asked.set()
 
     def end(self) -> None:
         """No more renewals; one that is under way may still end."""
