@@ -88,6 +88,7 @@ class Service:
     async def _part_company(self, request: web.Request, response: web.StreamResponse) -> None:
         """While draining each answer is a connection's last: its client goes elsewhere before we are gone."""
         if self.draining:
+            response.headers["Connection"] = "close"
             response.force_close()
 
     async def _take_peers(self, request: web.Request) -> web.Response:
