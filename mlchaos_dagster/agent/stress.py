@@ -180,7 +180,7 @@ def look(order: dict) -> dict:
     adj = integer_or_sign(content(f"/proc/{main}/oom_score_adj"))
     return {
         "pids": pids,
-        "burners": [pid for pid in pids if (stat_of(pid) + ["", ""])[1] not in ("0", "")],
+        "burners": [pid for pid in pids if (stat_of(pid) + ["", "0"])[1] in map(str, pids)],
         "interval_s": took,
         "burnt_cores": sum(burnt.values()) / took if interval and took > 0 else 0.0,
         "used_cores": rate(group["cpu_s"], now["cpu_s"], took) if interval else None,

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
 from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
 from mlchaos_dagster.errors import InjectFailed, RecoverFailed
@@ -93,8 +92,10 @@ class GpuMemoryHog:
                 raise _failed(lease, "a Job of this lease is there already") from e
         leases.held(site, lease)
         for job in jobs:
+            # By uid alone: the Job controller writes the status meanwhile, and who takes the lease away removes the Job.
+            go = {"metadata": {"uid": text(job, "metadata", "uid")}, "spec": {"suspend": False}}
             try:
-                frozen.patch(site, job, f"{_jobs(site)}/{text(job, 'metadata', 'name')}", {"spec": {"suspend": False}})
+                site.cluster.patch(f"{_jobs(site)}/{text(job, 'metadata', 'name')}", go)
             except (NotFound, Conflict) as e:
                 raise _failed(lease, "the Job was taken away") from e
         self._wait_held(site, injection, len(jobs), step)
