@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import Agent
+from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import Agent, each, value
 from mlchaos_dagster.engine.ports import Lease, Step
 from mlchaos_dagster.errors import DriverError, InjectFailed
 from mlchaos_dagster.kube import leases
@@ -19,6 +19,8 @@ from mlchaos_dagster.kube.refs import Ref
 SILENCE_S = 20.0
 """A holder that hears nothing for so long ends: its other end is stopped, or cut off from the cluster."""
 _BEAT_S = 3.0
+_STARTS_S = 10.0
+"""An API server that is cut off must not hold up the run; what starts after that is never told to go."""
 _ARMED_S = 15.0
 """From the call to a Python that runs in a busy container."""
 
@@ -113,10 +115,16 @@ def _begun(
         LeaseRefused: the lease is not held any more. Nothing was begun.
     """
     holding = Holding({})
+
+    def start(ref: Ref) -> ExecStream:
+        container, order = orders[ref]
+        return agent.start(site, ref, container, lease.id, {**order, "silence": SILENCE_S})
+
     try:
-        for ref, (container, order) in orders.items():
-            holding.streams[ref] = agent.start(site, ref, container, lease.id, {**order, "silence": SILENCE_S})
-            step(0, len(orders))
+        started = each(list(orders), start, step, _STARTS_S)
+        holding.streams.update({ref: stream for ref, stream in started.items() if not isinstance(stream, DriverError)})
+        for stream in started.values():
+            value(stream)
         _hear(lease, holding.streams, "armed", step, within_s)
         leases.held(site, lease)
         for stream in holding.streams.values():
