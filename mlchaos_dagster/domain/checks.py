@@ -33,6 +33,7 @@ def check_experiment(
     found.fault()
     found.blast_radius()
     found.limits()
+    found.rollback()
     return sort_problems(found.problems)
 
 
@@ -156,6 +157,24 @@ class _Found:
         names = ["gateway", "feature-store", *replicas, "gateway->feature-store"]
         names += [f"gateway->{replica}" for replica in replicas]
         return sum(("->" in name) == target.is_link and fnmatchcase(name, target.select) for name in names) or None
+
+    def rollback(self) -> None:
+        """Only the cluster's own driver acts; each action needs its kind of object."""
+        for i, action in enumerate(self.experiment.rollback.actions if self.experiment.rollback else ()):
+            path: Path = ("rollback", "actions", i, action.kind, "target")
+            backend, name = self.environment.backend_for(self.experiment.fault.kind), action.of.target
+            if backend not in (None, "kubernetes"):
+                self.add(
+                    path[:-1], f"backend {backend} takes no rollback actions. Allowed: none, or backend kubernetes."
+                )
+            elif name not in self.environment.targets:
+                self.add(path, self._here(unknown("target", name, self.environment.targets)))
+            else:
+                kind = self.environment.targets[name].kubernetes.kind
+                fits = ("Deployment", "StatefulSet") if action.kind == "scale_up" else ("Pod",)
+                if kind not in fits:
+                    what = f"{action.kind} is not for a {kind}, which {name} is in {self.environment.name}."
+                    self.add(path, f"{what} Allowed: a target of kind {' or '.join(fits)}.")
 
     def limits(self) -> None:
         for i, slo in enumerate(self.experiment.steady_state):

@@ -147,6 +147,26 @@ class CleanFacts(_Fact):
     """When not proven: the exact command that clears it."""
 
 
+class ActionFacts(_Fact):
+    """One rollback action: why, on what, what came of it, and how it was undone. Times on the run's clock."""
+
+    kind: str
+    target: str
+    """Logical."""
+    why: str
+    t: float
+    ids: tuple[str, ...] = ()
+    """What it changed; empty: nothing needed it."""
+    lines: tuple[str, ...] = ()
+    """Read back from the target after it was made, and after it was undone."""
+    error: str = ""
+    lease_id: str = ""
+    undone_at: float | None = None
+    """When it was as before again; None: it is an act, it did nothing, or it could not be undone (see `command`)."""
+    command: str = ""
+    """When it could not be undone: what undoes it."""
+
+
 class RunRecord(_Fact):
     """The facts of one run."""
 
@@ -172,6 +192,8 @@ class RunRecord(_Fact):
     fault: FaultFacts | None = None
     abort: AbortFacts | None = None
     clean: CleanFacts | None = None
+    actions: tuple[ActionFacts, ...] = ()
+    """Rollback actions, in their order."""
     error: str = ""
     """An error of ours or of a backend, one line."""
     incidents: tuple[str, ...] = ()

@@ -221,6 +221,66 @@ class RecoverySpec(Model):
     """All objectives must hold this long before it counts as steady. 2 s: two abort windows."""
 
 
+class ScaleUp(Model):
+    """Bring workloads that want fewer replicas up to `at_least`; as many as before when the run has seen the recovery."""
+
+    target: Name
+    """A logical target that is a workload in the environment."""
+    at_least: Annotated[int, Field(ge=1, le=1000, strict=True)]
+
+    def params(self) -> dict[str, Any]:
+        """As drivers take them."""
+        return {"at_least": self.at_least}
+
+
+class RestartUnhealthy(Model):
+    """Delete pods that have not been ready for `after`; their controllers bring others."""
+
+    target: Name
+    """A logical target that is pods in the environment."""
+    at_most: Annotated[int, Field(ge=1, le=100, strict=True)] = 1
+    after: Duration = 10.0
+    """10 s: longer than a pod that is about to be ready takes."""
+
+    def params(self) -> dict[str, Any]:
+        """As drivers take them; with the pods' own grace."""
+        return {"after_s": self.after, "interval_s": None, "signal": "term"}
+
+
+class RollbackAction(Model):
+    """One thing to do for a service that the fault's removal alone does not bring back."""
+
+    scale_up: ScaleUp | None = None
+    restart_unhealthy: RestartUnhealthy | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> RollbackAction:
+        if (self.scale_up is None) == (self.restart_unhealthy is None):
+            raise ValueError("needs exactly one of scale_up, restart_unhealthy")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        return "scale_up" if self.scale_up else "restart_unhealthy"
+
+    @property
+    def of(self) -> ScaleUp | RestartUnhealthy:
+        """What it is."""
+        action = self.scale_up or self.restart_unhealthy
+        assert action is not None
+        return action
+
+
+class RollbackSpec(Model):
+    """What is done, once, after the fault was taken away because a limit was broken (R3-09)."""
+
+    actions: Annotated[tuple[RollbackAction, ...], Field(min_length=1, max_length=10)]
+    """In their order."""
+    slower_than: Duration | None = None
+    """Also when the service is not steady again this long after the fault is gone; absent: only after a breach."""
+
+
 Mechanism = Literal[
     "restart",
     "breaker",
@@ -308,6 +368,8 @@ class Promises(Model):
     recovery: RecoverySpec = RecoverySpec()
     abort: tuple[AbortCondition, ...] = ()
     """On top of the environment's own limits."""
+    rollback: RollbackSpec | None = None
+    """Actions beyond taking the fault away; absent: none."""
     degradation: DegradationSpec | None = None
     """An anytime-valid comparison with the baseline, beside the limits; absent: none."""
     teeth: Teeth | None = None

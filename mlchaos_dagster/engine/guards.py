@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mlchaos_dagster.domain.record import GuardResult
 from mlchaos_dagster.domain.targets import listed
 from mlchaos_dagster.domain.units import show_duration, show_percent
+from mlchaos_dagster.engine import actions
 from mlchaos_dagster.engine.active import ENDED
 from mlchaos_dagster.errors import DriverUnavailable, StoreError
 
@@ -155,10 +156,13 @@ def target_resolved(run: Run) -> GuardResult:
 def backend_willing(run: Run) -> GuardResult:
     """The backend has no objection: permissions, opt-in, other chaos on the target, what would fight the fault."""
     ask = getattr(run.kit.driver, "preflight", None)
-    if ask is None:
+    if ask is None and run.experiment.rollback is None:
         return GuardResult(name="backend willing", passed=True, saw="it has no conditions of its own")
     fault, target = run.experiment.fault, run.environment.targets[run.experiment.target]
-    objections: tuple[Objection, ...] = ask(fault.kind, run.targets, run.existing, fault.params(), target=target)
+    objections: tuple[Objection, ...] = ()
+    if ask is not None:
+        objections = ask(fault.kind, run.targets, run.existing, fault.params(), target=target)
+    objections += tuple(actions.objections(run))
     return GuardResult(
         name="backend willing",
         passed=not objections,

@@ -10,7 +10,9 @@ from mlchaos_dagster.engine.files import append_line
 from mlchaos_dagster.engine.ports import Clock
 from mlchaos_dagster.errors import StoreError
 
-Kind = Literal["refusal", "abort", "emergency_stop", "stop", "fenced", "recovered", "unclean", "watcher", "error"]
+Kind = Literal[
+    "refusal", "abort", "emergency_stop", "stop", "fenced", "recovered", "unclean", "watcher", "error", "action"
+]
 
 
 class IncidentLog:

@@ -129,6 +129,20 @@ class Careful(Protocol):
         ...
 
 
+class Acting(Protocol):
+    """A driver that also takes rollback actions: `undo`, `inject`, `recover` and `active` take their kinds, too."""
+
+    actions: frozenset[str]
+
+    def affected(self, kind: str, target: Target, params: dict[str, Any]) -> tuple[str, ...]:
+        """Ids that the action would change now, the most pressing first; empty: nothing needs it. Read-only.
+
+        Raises:
+            DriverUnavailable: the backend could not be asked.
+        """
+        ...
+
+
 class Driver(Protocol):
     """Plain verbs on one backend. The scope (try/finally, shielding, order) is the engine's.
 

@@ -13,6 +13,7 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import (
     AbortFacts,
+    ActionFacts,
     CleanFacts,
     FaultFacts,
     GuardResult,
@@ -132,6 +133,7 @@ class Run:
         self.fault: FaultFacts | None = None
         self.abort: AbortFacts | None = None
         self.clean: CleanFacts | None = None
+        self.actions: list[ActionFacts] = []
         self.error = ""
         self.stopped_late = ""
         """Somebody's word that came when the fault was gone: the verdict stands, but nothing more may start."""
@@ -317,6 +319,7 @@ class Run:
             fault=self.fault,
             abort=self.abort,
             clean=self.clean,
+            actions=tuple(self.actions),
             error=self.error,
             incidents=tuple(self.incidents),
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlchaos_dagster.domain.faults import is_held
 from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Samples, Span
+from mlchaos_dagster.engine.actions import Rollback
 from mlchaos_dagster.engine.active import RECOVERY
 from mlchaos_dagster.engine.degradation import Degradation
 from mlchaos_dagster.engine.ports import Lease, Step
@@ -75,7 +76,12 @@ def open_fault_window(run: Run) -> None:
             cause=run.abort.cause,
             breach_to_clean_s=None if run.abort.seconds is None else round(run.abort.seconds, 3),
         )
-    _sample_recovery(run)
+    rollback = Rollback(run)
+    try:
+        rollback.after_breach()
+        _sample_recovery(run, rollback)
+    finally:
+        rollback.undo()
 
 
 def _stopped(run: Run) -> bool:
@@ -392,7 +398,7 @@ def _unclean(run: Run, lease: Lease, said: str) -> None:
     )
 
 
-def _sample_recovery(run: Run) -> None:
+def _sample_recovery(run: Run, rollback: Rollback) -> None:
     """Go on sampling until everything is steady again for the dwell time, or the observation's limit."""
     if run.clean is None or not run.clean.proven or run.after is None:
         return
@@ -400,11 +406,16 @@ def _sample_recovery(run: Run) -> None:
     sampling, recovery = run.environment.sampling, run.experiment.recovery
     start = run.after.start
     end = start + min(sampling.recovery_timeout, recovery.within + recovery.dwell + 1.0)
-    if run.abort is not None:
+    if run.abort is not None and not rollback.acted:
         # Somebody wants out: look only long enough to show the way back.
         end = min(end, start + 3 * recovery.dwell)
     steadiness = Steadiness(run, start)
-    ended = run.watch.until(end, "recovery", each=steadiness.look, start=start)
+
+    def each(t: float) -> bool:
+        rollback.look(t, start)
+        return steadiness.look(t)
+
+    ended = run.watch.until(end, "recovery", each=each, start=start)
     if ended is not None and run.abort is None and ended.cause != "blind":
         # The fault is gone already and its outcome stands; but nothing more may start.
         run.stopped_late = ended.reason

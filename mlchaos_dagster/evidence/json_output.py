@@ -11,7 +11,7 @@ from typing import Any
 
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.outcome import Outcome, counted
-from mlchaos_dagster.domain.record import RunRecord, SliResult, Verdict
+from mlchaos_dagster.domain.record import ActionFacts, RunRecord, SliResult, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.evidence import words
 from mlchaos_dagster.evidence.masking import mask_text, secrets_in
@@ -85,6 +85,7 @@ def run_json(
             "met": recovery.met,
         },
         "clean": _clean(record, text),
+        "actions": [_action(action, text) for action in record.actions],
         "error": text(record.error),
         "record_path": record_path,
         "report_path": report_path,
@@ -128,6 +129,7 @@ def unjudged_json(
             "met": None,
         },
         "clean": {"proven": False, "evidence": [], "command": "mlchaos status"},
+        "actions": [],
         "error": mask_text(error),
         "record_path": None,
         "report_path": None,
@@ -179,6 +181,11 @@ def _sli(result: SliResult) -> dict[str, Any]:
         "slo": result.slo,
         "met": result.met,
     }
+
+
+def _action(action: ActionFacts, text: Any) -> dict[str, Any]:
+    shown = action.model_dump(mode="json", exclude={"why", "lines", "error"})
+    return {**shown, "why": text(action.why), "lines": [text(x) for x in action.lines], "error": text(action.error)}
 
 
 def _clean(record: RunRecord, text: Any) -> dict[str, Any]:

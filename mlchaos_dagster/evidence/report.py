@@ -104,6 +104,7 @@ def render_markdown(record: RunRecord, samples: Samples, verdict: Verdict, *, pi
         out.append(f"**recovery** {md(recovery)} (limit {show_duration(verdict.recovery.within_s)})")
     if clean := words.clean_line(record):
         out.append(f"**clean** {md(clean)}")
+    out += [f"**rollback** {md(line)}" for line in words.action_lines(record)]
     out += [md(line) for line in words.detectable_lines(record, verdict)]
     if picture:
         png = base64.b64encode(picture_png(record, samples, verdict, 900)).decode()

@@ -151,6 +151,8 @@ def _table(record: RunRecord, verdict: Verdict, width: int) -> list[list[Segment
     clean = words.clean_short(record)
     if clean:
         lines += _fact("clean", clean, width, grid)
+    for i, line in enumerate(words.action_lines(record)):
+        lines += _fact("" if i else "rollback", line, width, grid)
     return lines
 
 

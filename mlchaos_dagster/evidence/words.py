@@ -91,6 +91,23 @@ def clean_short(record: RunRecord) -> str:
     return clean_line(record)
 
 
+def action_lines(record: RunRecord) -> list[str]:
+    """Every rollback action: when, why, what it did, and whether it was undone."""
+    said: list[str] = []
+    for action in record.actions:
+        did = action.error or "; ".join(action.lines) or "nothing needed it"
+        line = f"{action.kind} on {action.target} at {show_duration(round(action.t, 1))} ({action.why}): {did}"
+        undone = action.undone_at
+        said.append(
+            f"{line}; `{action.command}` undoes it"
+            if action.command
+            else line
+            if undone is None
+            else f"{line}; undone at {show_duration(round(undone, 1))}"
+        )
+    return said
+
+
 def detectable_lines(record: RunRecord, verdict: Verdict) -> list[str]:
     """What this window could have seen at all, for every SLI with an objective."""
     said: list[str] = []

@@ -523,3 +523,57 @@ def test_a_scale_process_that_wakes_up_late_or_dies_half_way_leaves_nothing(
     eventually(lambda: not driver.active(lease).present)
     assert [o["spec"]["replicas"] for o in objects("deployment", namespace)] == [1]
     assert not marks([*objects("deployment", namespace), *objects("replicasets", namespace)])
+
+
+# -- rollback actions -----------------------------------------------------------------------------------------------
+
+
+def acted(driver: KubernetesDriver, faulting: Faulting, kind: str, target: Target, **params: Any) -> Lease:
+    """The engine's part of an action: affected → undo → lease."""
+    ids = eventually(lambda: driver.affected(kind, target, params))
+    frame = faulting.lease("scale_to_zero", "app=web", objects=WORKLOADS["deployment"])
+    fault = driver.undo(kind, ids, params, target=target, backup=faulting.tmp_path)["fault"]
+    undo = {**frame.undo, "fault": fault}
+    return dataclasses.replace(frame, kind=kind, targets=ids, params=params, undo=undo)
+
+
+@pytest.mark.req("R3-09")
+def test_scale_up_below_the_minimum_and_as_before_when_undone(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
+) -> None:
+    selector = deploy(namespace, "web", 1)
+    label(namespace, "deployment", "web")
+    target = Target(select=selector, kubernetes=WORKLOADS["deployment"])
+    assert not driver.affected("scale_up", target, {"at_least": 1}), "one is enough"
+    ids = driver.resolve(target)
+    assert not driver.preflight("scale_up", ids, ids, {"at_least": 3}, target=target)
+    lease = acted(driver, faulting, "scale_up", target, at_least=3)
+    driver.inject(lease)
+    driver.inject(lease)
+    eventually(lambda: all_ready(namespace, selector, 3))
+    assert driver.active(lease).present and driver.active(lease).effective
+    assert elsewhere("recover", lease, options) == "done"
+    eventually(lambda: not driver.active(lease).present)
+    eventually(lambda: all_ready(namespace, selector, 1))
+    assert not marks([*objects("deployment", namespace), *objects("replicasets", namespace)])
+
+
+@pytest.mark.req("R3-09")
+def test_only_pods_that_stay_unready_are_restarted(
+    namespace: str, driver: KubernetesDriver, faulting: Faulting
+) -> None:
+    selector = deploy(namespace, "web", 2)
+    label(namespace, "deployment", "web")
+    target = Target(select=selector)
+    sick, well = (p["metadata"] for p in pods(namespace, selector))
+    kubectl("set", "image", "-n", namespace, f"pod/{sick['name']}", "web=no.invalid/SUCH-IMAGE")
+    eventually(lambda: [p for p in pods(namespace, selector) if not ready(p)])
+    waiting = {"after_s": 60.0, "interval_s": None, "signal": "term"}
+    assert not driver.affected("restart_unhealthy", target, waiting), "not for that long"
+    lease = acted(driver, faulting, "restart_unhealthy", target, **{**waiting, "after_s": 1.0})
+    assert uid_of(lease) == {sick["uid"]}
+    driver.inject(lease)
+    seen = driver.active(lease)
+    assert seen.effective and not seen.present
+    eventually(lambda: all_ready(namespace, selector, 2))
+    assert well["uid"] in uids(namespace, selector) and sick["uid"] not in uids(namespace, selector)

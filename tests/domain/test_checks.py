@@ -98,3 +98,20 @@ def test_the_mechanisms_of_the_spec_are_those_of_the_sandbox() -> None:
     from mlchaos_dagster.sandbox.config import MECHANISMS
 
     assert get_args(Mechanism) == MECHANISMS, "the sandbox may import nothing above, so the names stand twice"
+
+
+@pytest.mark.req("R3-09")
+def test_rollback_actions_need_a_backend_and_objects_that_fit(sandbox: Environment) -> None:
+    actions = "rollback: {actions: [{scale_up: {target: prediction-service, at_least: 4}}]}\n"
+    (line,) = problems(GOOD + actions, sandbox)
+    assert line.endswith("backend sandbox takes no rollback actions. Allowed: none, or backend kubernetes.")
+    cluster = sandbox.model_copy(update={"backends": {"kubernetes": ("pod_failure",)}, "sandbox": None})
+    (line,) = problems(GOOD + actions, cluster)
+    assert (
+        "scale_up is not for a Pod, which prediction-service is in sandbox. Allowed: a target of kind Deployment"
+        in line
+    )
+    (line,) = problems(GOOD + actions.replace("prediction-service", "predictions"), cluster)
+    assert 'no such target "predictions"' in line
+    fits = actions.replace("scale_up", "restart_unhealthy").replace("at_least", "at_most")
+    assert problems(GOOD + fits, cluster) == []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 import pytest
 
 from mlchaos_dagster.domain.environment import SandboxOptions
-from mlchaos_dagster.domain.record import RecoveryResult, SliResult
+from mlchaos_dagster.domain.record import ActionFacts, RecoveryResult, SliResult
 from mlchaos_dagster.domain.spec import Objective, Quantity
 from mlchaos_dagster.evidence import words
+from mlchaos_dagster.evidence.json_output import run_json
 from mlchaos_dagster.evidence.report import render_html
 from mlchaos_dagster.evidence.rows import effect_texts, limit_text, quantity_text, signed, sli_rows
 from mlchaos_dagster.evidence.terminal import end_block
@@ -47,6 +49,27 @@ def test_held_block_says_numbers_with_units_and_intervals() -> None:
     assert "With this window the smallest drop of availability that would have been seen is 0.9 pp." in block
     assert "report r.html" in block
     assert "again: mlchaos run serving-pod-failure  " in block
+
+
+@pytest.mark.req("R3-09")
+def test_every_rollback_action_is_told_wherever_a_run_is_told() -> None:
+    run = held()
+    undone = ActionFacts(
+        kind="scale_up", target="workers", why="error_rate above 5 %", t=12.0, lines=("wants 4",), undone_at=20.0
+    )
+    stuck = undone.model_copy(
+        update={"undone_at": None, "error": "not undone: no answer", "command": "mlchaos recover x"}
+    )
+    record = run.record.model_copy(update={"actions": (undone, stuck)})
+    told = [
+        "scale_up on workers at 12 s (error_rate above 5 %): wants 4; undone at 20 s",
+        "scale_up on workers at 12 s (error_rate above 5 %): not undone: no answer; `mlchaos recover x` undoes it",
+    ]
+    assert words.action_lines(record) == told
+    block = " ".join(end_block(record, run.verdict, width=160).split())
+    assert all(line in block for line in told), block
+    assert all(line in html.unescape(render_html(record, run.samples, run.verdict)) for line in told)
+    assert [a["command"] for a in run_json(record, run.verdict, "", "")["actions"]] == ["", "mlchaos recover x"]
 
 
 def test_held_marks_stand_in_one_column() -> None:

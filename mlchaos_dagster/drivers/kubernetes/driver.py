@@ -11,7 +11,7 @@ from typing import Any
 
 from mlchaos_dagster.domain.environment import Kubernetes, Target
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import preflight
+from mlchaos_dagster.drivers.kubernetes import actions, preflight
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.drivers.kubernetes.handler import Handler, Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step, no_step
@@ -50,6 +50,9 @@ class KubernetesDriver:
     self_limiting = _SELF_LIMITING
     """Kinds that a deadline in the pod's own kernel or process ends; with `network: policy` the sweeper must."""
 
+    actions = frozenset(actions.HANDLERS)
+    """Rollback actions that the same verbs make and undo."""
+
     def __init__(self, address: Path | str, site: Site | None = None) -> None:
         self.address = Path(address)
         self._site: Site | None = None
@@ -85,6 +88,14 @@ class KubernetesDriver:
             return tuple(preflight.objections(site, request, chosen))
         except ApiRefused as e:
             raise DriverUnavailable(str(e), driver=NAME, verb="preflight") from e
+
+    def affected(self, kind: str, target: Target, params: dict[str, Any]) -> tuple[str, ...]:
+        """As `Acting.affected`."""
+        site = self._reached("affected")
+        try:
+            return tuple(str(ref) for ref in actions.affected(site, kind, target, params))
+        except ApiRefused as e:
+            raise DriverUnavailable(str(e), driver=NAME, verb="affected") from e
 
     def undo(
         self,
@@ -183,7 +194,7 @@ class KubernetesDriver:
 
 def _handler(kind: str) -> Handler:
     try:
-        return handler(kind)
+        return actions.HANDLERS.get(kind) or handler(kind)
     except KeyError as e:
         raise DriverError(f"{kind} is no fault of this backend. Allowed: {', '.join(PLACES)}", driver=NAME) from e
 

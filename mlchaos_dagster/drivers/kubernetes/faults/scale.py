@@ -32,11 +32,15 @@ _AUTOSCALER = "kube-controller-manager"
 _MANAGER = "mlchaos"
 
 
-class ScaleToZero:
-    """No replicas of the frozen workloads until recovery."""
+class Scaling:
+    """Other replicas of the frozen workloads until recovery; subclasses say how many."""
 
     kinds = frozenset({"deployment", "statefulset"})
     self_limiting = False
+
+    def goal(self, before: int, params: dict[str, Any]) -> int:
+        """Replicas that a workload is to have instead of `before`."""
+        raise NotImplementedError
 
     def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
         """Read and patch the workloads; read and patch the ReplicaSets to which annotations spread."""
@@ -56,7 +60,7 @@ class ScaleToZero:
             lease = frozen.marked_by(found)
             if lease:
                 yield Objection(f"{ref.shown} carries the fault of lease {lease}", f"mlchaos recover {lease}")
-            elif not _replicas(found):
+            elif self.goal(1, request.params) == 0 == replicas_of(found):
                 yield Objection(f"{ref.shown} has no replicas", "a workload that has some")
             for who in _keepers(found):
                 yield Objection(f"{who} keeps the replicas of {ref.shown} and would fight the fault", f"{who} paused")
@@ -69,7 +73,7 @@ class ScaleToZero:
             if found is None or frozen.marked_by(found):
                 said = f"carries the fault of lease {frozen.marked_by(found)}" if found else "is gone"
                 raise DriverError(f"{ref.shown} {said}", driver=NAME, verb="undo")
-            replicas[ref.uid] = _replicas(found)
+            replicas[ref.uid] = replicas_of(found)
             step(done + 1, len(request.refs))
         return {"replicas": replicas}
 
@@ -79,10 +83,12 @@ class ScaleToZero:
         for done, ref in enumerate(injection.refs):
 
             def act(found: Object, ref: Ref = ref) -> None:
-                if not is_there(found) or frozen.marked_by(found) == lease.id:
+                before = replicas_of(found)
+                goal = self.goal(before, injection.params)
+                if not is_there(found) or frozen.marked_by(found) == lease.id or goal == before:
                     return
-                note = json.dumps({"replicas": _replicas(found)}, separators=(",", ":"))
-                body = {"metadata": {"annotations": {LEASE: lease.id, frozen.UNDO: note}}, "spec": {"replicas": 0}}
+                note = json.dumps({"replicas": before}, separators=(",", ":"))
+                body = {"metadata": {"annotations": {LEASE: lease.id, frozen.UNDO: note}}, "spec": {"replicas": goal}}
                 frozen.patch(site, found, ref.path, body, fieldManager=_MANAGER)
 
             frozen.change(site, ref, act, lease)
@@ -97,14 +103,13 @@ class ScaleToZero:
                 frozen.shut_out(site, ref)
                 found = frozen.read(site, ref)  # what came in just before is seen now
             if found is not None and frozen.marked_by(found) == lease.id:
-                known = injection.undo["replicas"].get(ref.uid)
-                frozen.change(site, ref, lambda now, ref=ref, known=known: _restore(site, ref, now, lease.id, known))
+                frozen.change(site, ref, lambda now, ref=ref: self._restore(site, ref, now, injection))
             for copy in _copies(site, ref, lease.id):
                 _unmark(site, copy)
             step(0, 0)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
-        """Effective: neither wanted nor existing replicas, as the controller itself says of this very state."""
+        """Effective: as many as meant are wanted and exist, as the controller itself says of this very state."""
         present, effective, lines = False, list[bool](), list[str]()
         for ref in injection.refs:
             found = frozen.read(site, ref)
@@ -112,31 +117,43 @@ class ScaleToZero:
                 lines.append(f"{ref.shown} is gone, and the fault with it")
                 continue
             ours = frozen.marked_by(found) == injection.lease.id
-            wanted, there = _replicas(found), int(part(found, "status", "replicas") or 0)
+            wanted, there = replicas_of(found), int(part(found, "status", "replicas") or 0)
             seen = int(part(found, "status", "observedGeneration") or 0) >= int(part(found, "metadata", "generation"))
-            effective.append(ours and wanted == 0 and there == 0 and seen)
             before = injection.undo["replicas"].get(ref.uid)
-            changed = "" if wanted in (0, before) else f" (before the fault: {before}; somebody set others meanwhile)"
+            goal = self.goal(0 if before is None else before, injection.params)
+            effective.append(ours and wanted == there == goal and seen)
+            changed = (
+                "" if wanted in (goal, before) else f" (before the fault: {before}; somebody set others meanwhile)"
+            )
             copied = any(_copies(site, ref, injection.lease.id))
             present = present or ours or copied
             marked = "marked" if ours else "marks on its ReplicaSets" if copied else "not marked"
             lines.append(f"{ref.shown} wants {wanted} replicas and has {there}{changed}, {marked}")
         return Evidence(present=present, effective=bool(effective) and all(effective), lines=tuple(lines))
 
+    def _restore(self, site: Site, ref: Ref, found: Object, injection: Injection) -> None:
+        if frozen.marked_by(found) != injection.lease.id:
+            return
+        noted = json.loads(text(found, "metadata", "annotations", frozen.UNDO) or "{}").get("replicas")
+        before: int = injection.undo["replicas"].get(ref.uid, noted)
+        body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(frozen.MARKS)}}
+        if replicas_of(found) == self.goal(before, injection.params):
+            body["spec"] = {"replicas": before}
+        frozen.patch(site, found, ref.path, body, fieldManager=_MANAGER)
 
-def _replicas(found: Object) -> int:
+
+class ScaleToZero(Scaling):
+    """No replicas of the frozen workloads until recovery."""
+
+    def goal(self, before: int, params: dict[str, Any]) -> int:
+        """None."""
+        return 0
+
+
+def replicas_of(found: Object) -> int:
+    """Replicas that a workload wants; the API's default is 1."""
     wanted = part(found, "spec", "replicas")
     return 1 if wanted is None else int(wanted)
-
-
-def _restore(site: Site, ref: Ref, found: Object, lease_id: str, known: int | None) -> None:
-    if frozen.marked_by(found) != lease_id:
-        return
-    body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(frozen.MARKS)}}
-    if _replicas(found) == 0:
-        noted = json.loads(text(found, "metadata", "annotations", frozen.UNDO) or "{}").get("replicas")
-        body["spec"] = {"replicas": noted if known is None else known}
-    frozen.patch(site, found, ref.path, body, fieldManager=_MANAGER)
 
 
 def _keepers(found: Object) -> Iterator[str]:
