@@ -144,7 +144,8 @@ class Tracking:
                 return answer
             await self._promote(_REPLACED)
         except Failed as error:
-            if not self.mechanisms["failover"]:
+            # A standby that lacks what was confirmed is no way out of a primary that is merely slow.
+            if not self.mechanisms["failover"] or (self.standby.behind and not error.damaged):
                 raise
             await self._promote(str(error))
         return await self._try(self.standby, statements)
@@ -211,14 +212,18 @@ class Tracking:
         primary, standby = self.primary, self.standby
         if not self.on_standby:
             fit = standby.problems == []
-            if self.mechanisms["failover"] and fit and (primary.problems or primary.failed_checks >= 2):
+            if (
+                self.mechanisms["failover"]
+                and fit
+                and (primary.problems or (primary.failed_checks >= 2 and not standby.behind))
+            ):
                 async with self.switching:
                     await self._promote("; ".join(primary.problems or ["it does not answer"]))
             elif fit and self._must_leave():
                 async with self.switching:
                     await self._promote(_REPLACED)
             elif fit and standby.behind and primary.problems == []:
-                if not self._merged:
+                if not self._merged or primary.replaced:
                     # Which of the two was in charge before us nobody may remember: no record is in one of them only.
                     await self._copy(standby, primary)
                     self._merged = True

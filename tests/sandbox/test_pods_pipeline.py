@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from mlchaos_dagster.sandbox.progress import Progress
 from mlchaos_dagster.sandbox.remote_progress import heard, told
-from mlchaos_dagster.sandbox.tracking import Tracking
+from mlchaos_dagster.sandbox.tracking import Failed, Tracking
 from mlchaos_dagster.sandbox.tracking_db import Database, row
 from mlchaos_dagster.sandbox.training_status import Status
 
@@ -25,6 +25,7 @@ class Wire:
     def __init__(self, tmp_path: Path) -> None:
         self.folder, self.files = tmp_path, 0
         self.databases: dict[str, Database] = {}
+        self.silent: set[str] = set()
         for name in ("database", "standby"):
             self.replace(name)
 
@@ -35,6 +36,8 @@ class Wire:
 
     def post(self, url: str, **given: Any) -> Any:
         name, path = url.split("/")
+        if name in self.silent:
+            raise OSError(f"{name} does not answer")
         database = self.databases[name]
         if path == "check":
             found = database.check()
@@ -99,6 +102,24 @@ def test_a_database_that_came_back_empty_answers_nobody_until_it_has_everything(
             "rows"
         ] == [(2,)]
         assert await count(server) == 2
+
+    asyncio.run(scene())
+
+
+def test_a_standby_that_lacks_what_was_confirmed_does_not_answer_for_a_slow_primary(tmp_path: Path) -> None:
+    async def scene() -> None:
+        wire = Wire(tmp_path)
+        server = tracking(wire, tmp_path)
+        await rounds(server, 2)
+        wire.silent = {"standby"}
+        await server.write("me", [row("me", 1, "r", "run", {}, 1.0)])
+        wire.silent = {"database"}
+        with pytest.raises(Failed):
+            await count(server)
+        await rounds(server, 3)
+        assert not server.on_standby
+        wire.silent = set()
+        assert await count(server) == 1
 
     asyncio.run(scene())
 
