@@ -5,6 +5,7 @@ Secrets are referenced (`env:NAME`, `file:PATH`), never written here.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -36,6 +37,10 @@ VALUE_MEASURES = ("golden_error_rate", *SHIFT_MEASURES)
 """Measures of the number in the answer: they need `probe.value`."""
 MOST_ITEMS = 10_000
 """Longest range of bodies: each is kept as bytes by the load generator."""
+
+
+SERVICE_PLACE = re.compile(r"\{service:(?P<namespace>[a-z0-9-]+)/(?P<name>[a-z0-9-]+):(?P<port>[A-Za-z0-9-]+)\}")
+"""Stands for a Service of the cluster in a URL; the port by number or name."""
 
 
 class ItemRange(Model):
@@ -423,6 +428,14 @@ class Environment(Model):
         served: dict[str, str] = {}
         if "kubernetes" in self.backends and self.kubernetes is None:
             raise ValueError("backends: kubernetes needs kubernetes: {context: …, namespace: …}")
+        urls = {"prometheus.url": self.prometheus.url if self.prometheus else "", "probe.url": self.probe.url}
+        urls |= {f"targets.{n}.probe.url": t.probe.url for n, t in self.targets.items() if t.probe is not None}
+        for where, url in urls.items():
+            if "{service:" in url and (self.kubernetes is None or not SERVICE_PLACE.search(url)):
+                raise ValueError(
+                    f"{where}: {url} stands for a Service of a cluster. Allowed: {{service:NAMESPACE/NAME:PORT}}, with "
+                    "kubernetes: {context: …, namespace: …}"
+                )
         for i, metrics in enumerate(self.kubernetes.metrics if self.kubernetes else ()):
             if unknown := sorted(set(metrics.signals) - set(self.signals)):
                 raise ValueError(f"kubernetes.metrics[{i}].signals: {unknown[0]} is not among signals")

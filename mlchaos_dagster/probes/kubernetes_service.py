@@ -7,20 +7,18 @@ a probe that goes that way measures the API server, too, and takes its outage fo
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from mlchaos_dagster.domain.environment import SERVICE_PLACE
 from mlchaos_dagster.errors import DriverError, ProbeError
 from mlchaos_dagster.kube.client import Permission
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import collection
 
-PLACE = re.compile(r"\{service:(?P<namespace>[a-z0-9-]+)/(?P<name>[a-z0-9-]+):(?P<port>[A-Za-z0-9-]+)\}")
-"""The placeholder in a URL; the port by number or name."""
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _CONNECT_S = 0.5
 _MOST_NODES = 5
@@ -52,9 +50,9 @@ def filled(text_: str, connect: Callable[[], ServiceApi]) -> str:
     Raises:
         ProbeError: a Service cannot be reached from here, or a place is not written as one.
     """
-    if PLACE.search(text_):
+    if SERVICE_PLACE.search(text_):
         api = connect()
-        text_ = PLACE.sub(lambda found: url_of(api, found["namespace"], found["name"], found["port"]), text_)
+        text_ = SERVICE_PLACE.sub(lambda found: url_of(api, found["namespace"], found["name"], found["port"]), text_)
     if "{service:" in text_:
         raise ProbeError(f'"{text_}" has a place that is none. Allowed: {{service:NAMESPACE/NAME:PORT}}')
     return text_

@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, PodMetrics, Target
+from mlchaos_dagster import wiring
+from mlchaos_dagster.domain.environment import Environment, Kubernetes, KubernetesObjects, PodMetrics, Target
 from mlchaos_dagster.domain.record import SignalSample
 from mlchaos_dagster.errors import DriverUnavailable, ProbeError
 from mlchaos_dagster.kube.client import Forbidden, Gone
@@ -20,6 +22,7 @@ from mlchaos_dagster.probes.kubernetes import KubernetesSignals, serves, written
 from mlchaos_dagster.probes.kubernetes_metrics import MetricsReader, series
 from mlchaos_dagster.probes.kubernetes_pods import Owner, PodBook
 from mlchaos_dagster.probes.kubernetes_service import filled, url_of
+from mlchaos_dagster.settings import Home
 
 Object = dict[str, Any]
 PODS = "/api/v1/namespaces/shop/pods"
@@ -475,3 +478,53 @@ def test_a_service_that_cannot_be_reached_is_one_clear_line(
         filled(place, lambda: service(Api()))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# -- wiring -----------------------------------------------------------------------------------------------------------
+
+
+def environment(**changes: Any) -> Environment:
+    given: dict[str, Any] = {
+        "schema": "mlchaos/v1",
+        "name": "shop",
+        "kubernetes": {
+            "context": "x",
+            "namespace": "shop",
+            "metrics": [
+                {"select": "app=web", "port": 8080, "signals": {"breaker_state": {}}},
+                {"select": "app=db", "port": 8080, "signals": {"backlog": {}}},
+            ],
+        },
+        "backends": {"kubernetes": ["pod_delete"]},
+        "targets": {"web": {"select": "app=web"}, "db": {"select": "app=db", "kubernetes": {"namespace": "data"}}},
+        "probe": {"url": "{service:shop/web:80}/x"},
+        "slis": {"availability": {"measure": "availability"}},
+        "signals": ["ready_replicas", "breaker_state", "backlog"],
+    }
+    return Environment.model_validate(given | changes)
+
+
+def test_replicas_are_those_of_the_target_and_what_is_needed_is_asked_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wiring, "_cluster", lambda *_, **__: Api())
+    source = wiring.signal_source(environment(), Home(tmp_path), "db", {"breaker_state"})
+    _, replicas, pods = source.sources  # type: ignore[attr-defined]
+    assert (replicas.target.select, replicas.namespace, replicas.names) == ("app=db", "data", {"ready_replicas"})
+    every = {
+        next(iter(r.signals)): interval for r, (_, interval) in zip(pods.readers, pods._polled.readers, strict=True)
+    }
+    assert every == {"breaker_state": 0.1, "backlog": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"probe": {"url": "{service:web:80}/x"}},
+        {"prometheus": {"url": "{service:shop/web}"}},
+        {"kubernetes": None, "backends": {"sandbox": ["pod_delete"]}},
+    ],
+)
+def test_a_place_that_is_none_is_found_when_the_file_is_read(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="service:NAMESPACE/NAME:PORT"):
+        environment(**changes)
