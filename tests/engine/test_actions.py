@@ -94,6 +94,23 @@ def test_after_a_breach_each_action_is_taken_once_recorded_and_undone(tmp_path: 
     assert RunRecord.model_validate_json(record.model_dump_json()).actions == record.actions
 
 
+def test_while_it_lasts_its_lease_is_renewed(tmp_path: Path) -> None:
+    run, _ = acting(tmp_path, World(errors_during=1.0), {"actions": ACTIONS[:1]})
+    renewed: list[float] = []
+    renew = run.kit.ledger.renew
+
+    def counted(lease: Lease) -> None:
+        if lease.kind == "scale_up":
+            renewed.append(run.kit.clock.monotonic())
+        renew(lease)
+
+    run.kit.ledger.renew = counted  # type: ignore[method-assign]
+    (facts,) = run_experiment(run).actions
+    assert facts.undone_at is not None and facts.undone_at - facts.t > 2
+    gaps = [b - a for a, b in zip(renewed, renewed[1:], strict=False)]
+    assert max(gaps) < 1.0 and len(renewed) >= 2 * (facts.undone_at - facts.t) - 2, "a watchdog would take it for hung"
+
+
 def test_without_a_breach_nothing_is_done(tmp_path: Path) -> None:
     run, driver = acting(tmp_path, World(), {"actions": ACTIONS})
     record = run_experiment(run)
