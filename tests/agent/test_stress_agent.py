@@ -65,6 +65,14 @@ def test_nothing_happens_before_the_word_and_nothing_stays_after_the_line(lease:
         assert holder.process.wait(3) == 0
 
 
+def test_without_the_word_nothing_is_begun(lease: str) -> None:
+    holder = Holder(lease, cores=1, load=0.1)
+    with holder.process, holder.stdin, holder.stdout:
+        assert holder.said()["state"] == "armed"
+        holder.stdin.close()
+        assert holder.stdout.read() == b"" and holder.process.wait(3) == 0
+
+
 def test_burners_end_with_a_supervisor_that_is_killed(lease: str) -> None:
     holder = Holder(lease, cores=2, load=0.1)
     with holder.process, holder.stdin, holder.stdout:
@@ -81,7 +89,7 @@ def test_it_ends_at_its_deadline_and_in_silence(lease: str, order: dict[str, flo
     with holder.process, holder.stdin, holder.stdout:
         holder.said()
         holder.write("go\n")
-        assert gone(lease)
+        assert gone(lease) and holder.process.wait(3) == 0, "by itself, not by the kernel's alarm a second later"
 
 
 def test_memory_is_held_outside_of_the_process_and_given_back(lease: str) -> None:
