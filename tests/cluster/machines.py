@@ -42,10 +42,21 @@ def added(name: str, zone: str) -> None:
         subprocess.run([command(), "heal", name], capture_output=True, check=False, timeout=60)
         subprocess.run([command(), "revive", name], capture_output=True, check=False, timeout=60)
     else:
-        node("add", name, "--zone", zone)
+        _added(name, zone)
     kubectl("taint", "node", name, f"{TAINT}=true:NoSchedule", "--overwrite")
     kubectl("uncordon", name)
     eventually(lambda: ready(found(name)), 60)
+
+
+def _added(name: str, zone: str) -> None:
+    """On a machine that is busy a kubelet may take longer than the command waits: it then takes the node away again."""
+    for attempt in range(4):
+        try:
+            node("add", name, "--zone", zone)
+            return
+        except AssertionError:
+            if attempt == 3:
+                raise
 
 
 def found(name: str) -> dict[str, Any]:

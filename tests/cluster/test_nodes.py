@@ -140,6 +140,7 @@ def test_a_drain_moves_the_pods_one_by_one_where_the_budget_says_so(
     assert evidence.present and evidence.effective, evidence
     assert any("2 of those had an emptyDir" in line for line in evidence.lines), evidence
     eventually(lambda: [ready(p) for p in pods(namespace, select)] == [True, True])
+    faulting.driver.inject(lease)  # a second one must not take our cordon for somebody else's
     recovered_elsewhere(lease, options)
     assert not cordoned(NODE) and marks(NODE) == []
     assert not faulting.driver.active(lease).present
@@ -171,7 +172,6 @@ def test_a_node_that_was_cordoned_before_stays_cordoned(faulting: Faulting) -> N
     try:
         lease = faulting.lease("node_drain", SELECT, objects=NODES)
         faulting.driver.inject(lease)
-        faulting.driver.inject(lease)  # a second one must not take our cordon for theirs
         assert faulting.driver.active(lease).effective
         faulting.driver.recover(lease)
         assert cordoned(NODE) and marks(NODE) == []
