@@ -14,9 +14,10 @@ from mlchaos_dagster.agent.network_rules import Counted, counted, met, removal, 
 
 LEASE = "mlchaos-x-0123456789"
 LINK = Plan(LEASE, "network_latency", 60.0, peers=("10.96.0.7", "fd00::7"), spare=("10.0.0.1",), latency_s=0.5)
-# Recorded from a Linux 6.18 kernel: NFQNL_MSG_PACKET with NFQNL_COPY_META, packet 26 of queue 38798.
-PACKET = bytes.fromhex("480000000003000000000000000000000200978e0b0001000000001a080001000800020000000002") + bytes(
-    72 - 44
+# As a Linux 6.18 kernel sent it: the first packet of queue 38798, NFQNL_COPY_META, a SYN-ACK on its way in.
+PACKET = bytes.fromhex(
+    "400000000003000000000000000000000200978e0b00010000000001080001000800050000000002100009000006000076f8025bc42c0000"
+    "08000e0000000001"
 )
 
 
@@ -29,7 +30,7 @@ def test_messages_are_laid_out_as_the_kernel_wants_them() -> None:
 
 
 def test_packets_and_refusals_are_told_apart() -> None:
-    assert queue.packet_id(PACKET) == queue.packet_id_fast(PACKET) == 26
+    assert queue.packet_id(PACKET) == queue.packet_id_fast(PACKET) == 1
     assert queue.refusal(PACKET) is None
     error = bytes.fromhex("24000000020000000000000000000000") + (-1).to_bytes(4, "little", signed=True)
     assert queue.refusal(error) == 1 and queue.packet_id(error) is None and queue.packet_id_fast(error) is None

@@ -22,7 +22,7 @@ from mlchaos_dagster.engine.ports import Lease, Objection, Step, no_step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import NAME, ApiRefused, ExecStream, Permission, Site
-from mlchaos_dagster.kube.objects import Object, text
+from mlchaos_dagster.kube.objects import Object, items, text
 from mlchaos_dagster.kube.refs import Ref
 from mlchaos_dagster.kube.selecting import far
 
@@ -35,7 +35,7 @@ _STARTING_S = 6.0
 """How long recovery waits for an agent that is just being started, so that it can tell it to stop."""
 _CLEANED_S = 12.0
 _RECOVER_S = 25.0
-_ACTIVE_S = 8.0
+_ACTIVE_S = 6.0
 _MOST_CLEANERS = 3
 """Containers that clean after a dead agent; ended ones stay in the pod's spec, so there is an end to it."""
 
@@ -55,6 +55,7 @@ class Network:
             yield Permission("get", "pods/exec", namespace)
             yield Permission("create", "pods/exec", namespace)
             yield Permission("list", "services", namespace)
+            yield Permission("get", "nodes")
             if site.options.network == "policy":
                 for verb in ("get", "list", "create", "delete"):
                     yield Permission(verb, "networkpolicies", namespace, "networking.k8s.io")
@@ -259,6 +260,7 @@ def _clear(site: Site, lease: Lease, ref: Ref) -> None:
                 f"{ref.shown}: its agent has not started yet ({agent.reason or 'no reason'})", driver=NAME
             )
     if agent.state == "running":
+        _node_answers(site, pod)
         agent = _stop(site, lease, ref)
     if agent.state == "ended" and not agent.ended_well:
         _clean_after(site, lease, ref, pod)
@@ -309,6 +311,7 @@ def _read_back(site: Site, lease: Lease, ref: Ref) -> Evidence:
     if agent.state == "absent":
         return _nothing(f"{ref.shown}: no agent was ever started in it")
     if agent.state == "running":
+        _node_answers(site, pod)
         return _live(site, lease, ref)
     if agent.state == "waiting":
         if agent.stuck:
@@ -372,6 +375,18 @@ def _let_in(site: Site, pods: dict[Ref, Object | None], policy: bool) -> Iterato
                 "(network_partition, network_isolation)",
             )
             return
+
+
+def _node_answers(site: Site, pod: Object) -> None:
+    """What runs on a node that does not answer is not known, also where its pod is being deleted: the pod may live on.
+
+    A command into it would hang, so the node's own word is read first. Raises DriverUnavailable.
+    """
+    name = text(pod, "spec", "nodeName")
+    node = site.cluster.get(f"/api/v1/nodes/{name}")
+    ready = [c for c in items(node, "status", "conditions") if text(c, "type") == "Ready"]
+    if ready and text(ready[0], "status") != "True":
+        raise DriverUnavailable(f"node {name} does not answer: what its pods hold is not known", driver=NAME)
 
 
 def _on_host(pod: Object) -> bool:
