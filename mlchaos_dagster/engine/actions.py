@@ -99,6 +99,8 @@ class Rollback:
                 self._take(index, action)
             except MlChaosError as e:
                 self._note(index, error=str(e))
+            except Exception as e:  # noqa: BLE001  a crashing driver costs the action, not the run's result
+                self._note(index, error=f"{type(e).__name__}: {e}")
             facts = self.run.actions[index]
             said = facts.error or "; ".join(facts.lines) or "nothing needed it"
             self.run.incident("action", f"{facts.kind} on {facts.target}: {said}", lease=facts.lease_id, why=why)
@@ -152,8 +154,8 @@ class Rollback:
                 kit.driver.recover(lease, self._step)
                 evidence = kit.driver.active(lease)
                 said = "; ".join(evidence.lines)
-            except DriverError as e:
-                said = str(e)
+            except Exception as e:  # noqa: BLE001  one failed attempt; it is tried again, and then told
+                said = str(e) if isinstance(e, DriverError) else f"{type(e).__name__}: {e}"
             if not evidence.present:
                 break
             if kit.clock.monotonic() >= end:

@@ -11,6 +11,9 @@ A container that restarted before within ten minutes is started later, after the
 since it ended. What is left of that when the fault is taken away would be our harm, not the platform's: the pod is then
 handed to its controller, which brings a new one.
 
+The kubelet ends containers as it always does: SIGTERM first. One that ignores it serves on for the pod's own grace
+period, and so long the fault is not effective; `container_kill` and `pod_delete` are abrupt.
+
 The API server keeps the fault, so it does not end by itself: run, watchdog or sweeper must take it away. The pod's own
 annotations tell how.
 """
