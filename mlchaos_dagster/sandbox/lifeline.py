@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +40,10 @@ class Lifeline:
     def listen(self) -> socket.socket:
         """The socket this process serves on: loopback, on the port of its former life if that is still free."""
         return listen(int(self.config.get("port") or 0))
+
+    def gauges(self) -> dict[str, Callable[[], float]]:
+        """What only this process's surroundings can tell of it: metric → how to read it."""
+        return {}
 
 
 def attach() -> Lifeline:

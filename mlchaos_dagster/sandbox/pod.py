@@ -24,7 +24,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ ROLES = ("feature_store", "feature_writer", "gateway", "inference", "object_stor
 """Roles of serving; others run as well: any module here with ``main(lifeline)``."""
 _PREFIX = "PLATFORM_"
 _FETCH_AGAIN_S = 0.5
+
+
+def _nanoseconds(path: Path) -> float:
+    return int(path.read_text()) / 1e9
+
+
+def _usage_usec(path: Path) -> float:
+    return int(path.read_text().split("usage_usec", 1)[1].split(None, 1)[0]) / 1e6
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_CPU = {_CGROUPS / "cpuacct/cpuacct.usage": _nanoseconds, _CGROUPS / "cpu.stat": _usage_usec}
+"""Where a container's own cgroup tells its CPU time: version 1, version 2."""
 
 
 class PodLifeline(Lifeline):
@@ -52,6 +66,13 @@ class PodLifeline(Lifeline):
         sock = socket.create_server(("", int(self.config["port"])), backlog=512)
         sock.setblocking(False)
         return sock
+
+    def gauges(self) -> dict[str, Callable[[], float]]:
+        """CPU seconds of everything in this container, not of this process alone; none where no cgroup tells."""
+        for path, read in _CPU.items():
+            if path.exists():
+                return {"container_cpu_seconds": partial(read, path)}
+        return {}
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, Any]:

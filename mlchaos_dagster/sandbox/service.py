@@ -30,6 +30,8 @@ class Service:
         self.reason = "starting"
         self.draining = False
         self._ready_gauge = Gauge("sandbox_ready", "1 when this process is ready for traffic", registry=self.registry)
+        for name, read in lifeline.gauges().items():
+            Gauge(name, "Of this process's surroundings", registry=self.registry).set_function(read)
         self.peers: dict[str, str] = dict(self.config.get("peers") or {})
         """Where others are, as the supervisor told: key → URL, empty while there is none."""
         self.peers_known = asyncio.Event()
