@@ -24,7 +24,9 @@ from mlchaos_dagster.judgement.shift import Reference
 
 READY = "ready_replicas"
 RUNNING = "running_replicas"
-"""Signals that, where a platform offers them, split the recovery."""
+LOST = "lost_replicas"
+"""Signals that, where a platform offers them, split the recovery. `LOST` counts replicas taken away: one that is killed
+before it runs makes neither of the others fall."""
 _SHIFT_EVERY_S = 0.1
 """Between two looks for the end of a shift: it is known over windows only, so its end is no sharper."""
 
@@ -95,8 +97,8 @@ def _origin(record: RunRecord, samples: Samples) -> float:
     fault = record.experiment.fault
     if fault.kind != "pod_delete" and is_held(fault.kind, fault.params()):
         return removed
-    for name in (RUNNING, READY):
-        steps = [(t, v) for t, v in samples.signal(name) if record.window.start <= t <= removed]
+    for name in (LOST, RUNNING, READY):
+        steps = [(t, -v if name == LOST else v) for t, v in samples.signal(name) if record.window.start <= t <= removed]
         drops = [t for (_, a), (t, b) in zip(steps, steps[1:], strict=False) if b < a]
         if drops:
             return drops[-1]

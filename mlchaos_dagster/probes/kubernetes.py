@@ -23,13 +23,15 @@ from mlchaos_dagster.kube.selecting import near
 from mlchaos_dagster.probes.kubernetes_pods import Owner, PodBook, owner_of
 from mlchaos_dagster.probes.kubernetes_watch import Api, Changed, Mirror
 
-POD_SIGNALS = ("ready_replicas", "running_replicas", "restarts", "oom_kills")
+POD_SIGNALS = ("ready_replicas", "running_replicas", "lost_replicas", "restarts", "oom_kills")
 WORKLOAD_SIGNALS = ("desired_replicas",)
 AUTOSCALER_SIGNALS = ("hpa_replicas",)
 JOB_SIGNALS = ("job_active", "job_succeeded", "job_failed")
 MODEL_SIGNALS = ("isvc_ready",)
 SIGNALS = (*POD_SIGNALS, *WORKLOAD_SIGNALS, *AUTOSCALER_SIGNALS, *JOB_SIGNALS, *MODEL_SIGNALS)
 """Everything that is known here by name."""
+_RECOVERY = frozenset({"ready_replicas", "running_replicas", "lost_replicas"})
+"""Told whenever pods are looked at: a recovery is split by them (judgement/comeback.py)."""
 _PULSE_S = 0.5
 """Between two confirmations; two calls a second, of one object each."""
 _RETRY_S = 0.5
@@ -72,6 +74,8 @@ class KubernetesSignals:
         self.api, self.pulse, self.options, self.interval_s = api, pulse, options, interval_s
         self.target = target
         self.names = frozenset(names) & frozenset(SIGNALS)
+        if self.names & set(POD_SIGNALS):
+            self.names |= _RECOVERY
         self.namespace = (target.kubernetes.namespace if target is not None else "") or options.namespace
         self.trouble = ""
         """Why nothing is told, in one line; empty while all is well."""

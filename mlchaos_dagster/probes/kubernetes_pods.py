@@ -124,13 +124,15 @@ class PodBook:
     def values(self) -> dict[str, float]:
         """The gauges now.
 
-        `ready_replicas` and `running_replicas` count pods; `restarts` counts, since the first look, containers that were
+        `ready_replicas` and `running_replicas` count pods, `lost_replicas` those that went since the first look; `restarts` counts, since the first look, containers that were
         started again and pods that were started in the place of others; `oom_kills` containers that ended for memory.
         """
+        lost = len(self._lost - self._lost_before)
         return {
             "ready_replicas": float(sum(ready for ready, _ in self._pods.values())),
             "running_replicas": float(sum(running for _, running in self._pods.values())),
-            "restarts": float(self._restarted + min(self._new, len(self._lost - self._lost_before))),
+            "lost_replicas": float(lost),
+            "restarts": float(self._restarted + min(self._new, lost)),
             "oom_kills": float(len(self._killed - self._killed_before)),
         }
 

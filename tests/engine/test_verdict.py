@@ -9,7 +9,7 @@ import pytest
 from sim import World, build
 
 from mlchaos_dagster.domain.outcome import Outcome
-from mlchaos_dagster.domain.record import STATUS_UNSENT, RunRecord, Samples
+from mlchaos_dagster.domain.record import STATUS_UNSENT, RunRecord, Samples, SignalSample
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.run import run_experiment
 from mlchaos_dagster.engine.store import RecordStore
@@ -83,6 +83,11 @@ def test_recovery_of_kills_counts_from_the_last_kill(held: tuple[RunRecord, Samp
     ready = judge(killed, samples).recovery.ready_s
     assert record.window is not None and ready is not None
     assert ready > record.window.length - 1, "the replica was down from the kill to the end of the window"
+    # Killed once more before it ran: that makes no count of replicas fall, only what tells of the loss rises.
+    at = record.window.end - 2
+    lost = [SignalSample(t, "lost_replicas", float(t >= at)) for t in (record.window.start, at - 0.1, at)]
+    again = judge(killed, Samples(samples.requests, [*samples.signals, *lost])).recovery.ready_s
+    assert again is not None and again == pytest.approx(ready - (at - record.window.start), abs=0.5)
 
 
 @pytest.mark.parametrize("window", ["30d", "90s", "1h30m", "1ms", "123456789s"])

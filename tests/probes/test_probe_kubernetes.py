@@ -323,6 +323,7 @@ def test_restarts_never_fall_and_a_kill_for_memory_counts_once() -> None:
     assert (book.values()["restarts"], book.values()["oom_kills"]) == (1, 1)
     book.update([], [pod("a", 4, restartCount=6)])
     book.update([pod("b", 5)], [])
+    assert book.values()["lost_replicas"] == 1
     assert book.values()["restarts"] == 2  # b in the place of a; g went before the first look
     book.update([pod("c", 6)], [])
     assert book.values()["restarts"] == 2  # more pods than before are no restart
@@ -510,7 +511,8 @@ def test_replicas_are_those_of_the_target_and_what_is_needed_is_asked_often(
     monkeypatch.setattr(wiring, "_cluster", lambda *_, **__: Api())
     source = wiring.signal_source(environment(), Home(tmp_path), "db", {"breaker_state"})
     _, replicas, pods = source.sources  # type: ignore[attr-defined]
-    assert (replicas.target.select, replicas.namespace, replicas.names) == ("app=db", "data", {"ready_replicas"})
+    assert (replicas.target.select, replicas.namespace) == ("app=db", "data")
+    assert replicas.names == {"ready_replicas", "running_replicas", "lost_replicas"}
     every = {
         next(iter(r.signals)): interval for r, (_, interval) in zip(pods.readers, pods._polled.readers, strict=True)
     }
