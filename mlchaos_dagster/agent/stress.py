@@ -191,6 +191,7 @@ def look(order: dict) -> dict:
         "largest": largest([*pids, os.getpid()]),
         "own": resident(os.getpid()),
         "cpus": os.cpu_count() or 1,
+        "busy": os.getloadavg()[0],
         "python": list(sys.version_info[:2]),
     }
 

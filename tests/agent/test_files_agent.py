@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlchaos_dagster.agent import files
+from mlchaos_dagster.drivers.kubernetes.faults.model_file import _mount
 from mlchaos_dagster.drivers.s3_damage import damaged
 
 CONTENT = bytes(range(256)) * 64
@@ -86,3 +87,19 @@ def test_what_could_not_be_given_back_is_unfit(model: Path) -> None:
     empty.write_bytes(b"")
     assert "is empty" in order(empty)["unfit"]  # pyright: ignore[reportOperatorIssue]
     assert "cannot be read" in order(model.with_name("none"))["unfit"]  # pyright: ignore[reportOperatorIssue]
+
+
+@pytest.mark.parametrize(
+    ("mounts", "expected"),
+    [
+        ([{"name": "v", "mountPath": "/models"}], ("v", "/a/m.bin")),
+        ([{"name": "v", "mountPath": "/models/", "subPath": "team/one"}], ("v", "/team/one/a/m.bin")),
+        ([{"name": "v", "mountPath": "/models"}, {"name": "w", "mountPath": "/models/a"}], ("w", "/m.bin")),
+        ([{"name": "v", "mountPath": "/model"}], None),
+        ([{"name": "v", "mountPath": "/"}], ("v", "/models/a/m.bin")),
+    ],
+)
+def test_where_a_file_is_on_its_volume(mounts: list[dict[str, str]], expected: tuple[str, str] | None) -> None:
+    """A wrong answer would have the original looked for in the wrong place when the service does not start any more."""
+    found = _mount({"volumeMounts": mounts}, "/models/a/m.bin")
+    assert (found and (found["name"], found["below"])) == expected

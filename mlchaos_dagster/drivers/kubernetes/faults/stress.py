@@ -228,7 +228,12 @@ class CpuStress(_Stress):
         )
         whole = "" if used is None else f"{ref.shown}: the container uses {used:.3f} cores"
         waits = "" if not seen["throttled"] else f", throttled {seen['throttled']:.1f} s a second"
-        return Evidence(present=True, effective=effective, lines=(line, *([whole + waits] if whole else [])))
+        lines = [line, *([whole + waits] if whole else [])]
+        if not effective and seen["busy"] > 2 * seen["cpus"]:
+            lines.append(
+                f"{ref.shown}: its node has no CPU left: load average {seen['busy']:.0f} on {seen['cpus']} cores"
+            )
+        return Evidence(present=True, effective=effective, lines=tuple(lines))
 
 
 class MemoryStress(_Stress):
