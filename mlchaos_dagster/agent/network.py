@@ -12,38 +12,27 @@ Needs CAP_NET_ADMIN and, for the switch in /proc, to be the root of the network 
 from __future__ import annotations
 
 import json
-import socket
 import sys
-import time
 from typing import Any
 
-from mlchaos_dagster.agent import network_rules as rules
-from mlchaos_dagster.agent.network_home import at_home
-from mlchaos_dagster.agent.network_keeper import Keeper, address, last_words
-from mlchaos_dagster.agent.network_plan import Plan
+from mlchaos_dagster.agent.network_client import REACHED_S, ask
 
 VERBS = ("keep", "go", "status", "stop", "clean")
-_REACHED_S = 5.0
-"""Longest wait for an agent that starts up."""
-_ANSWER_S = 4.0
 
 
-def ask(lease: str, word: str, reached_s: float = 0.0) -> dict[str, Any]:
-    """One word to the agent of a lease. Raises OSError: none is there (within `reached_s`), or it does not answer."""
-    end = time.monotonic() + reached_s
-    while True:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
-            s.settimeout(_ANSWER_S)
-            try:
-                s.connect(address(lease))
-            except ConnectionRefusedError:
-                if time.monotonic() >= end:
-                    raise
-                time.sleep(0.02)  # there is no event for a socket that is not bound yet
-                continue
-            s.sendall(word.encode() + b"\n")
-            said = b"".join(iter(lambda: s.recv(65536), b""))
-            return json.loads(said)
+def keep(text: str) -> int:
+    """The fault, from preparation to end. What only this needs is imported here: a look must cost little."""
+    from mlchaos_dagster.agent.network_home import at_home
+    from mlchaos_dagster.agent.network_keeper import Keeper, last_words
+    from mlchaos_dagster.agent.network_plan import Plan
+
+    try:
+        plan = at_home(Plan.from_json(text))
+    except ValueError as e:
+        last_words(why=str(e), rules=0, error=str(e))
+        sys.stderr.write(f"mlchaos: {e}\n")
+        return 2
+    return Keeper(plan).run()
 
 
 def _say(said: dict[str, Any]) -> None:
@@ -53,7 +42,7 @@ def _say(said: dict[str, Any]) -> None:
 
 def go(lease: str) -> int:
     """In two steps, so that all pods are prepared before the first one begins."""
-    said = ask(lease, "status", _REACHED_S)
+    said = ask(lease, "status", REACHED_S)
     _say(said)
     if said.get("error") or said["phase"] != "prepared" or sys.stdin.readline().strip() != "go":
         return 1
@@ -64,6 +53,9 @@ def go(lease: str) -> int:
 
 def clean(lease: str) -> int:
     """Remove, read back, tell."""
+    from mlchaos_dagster.agent import network_rules as rules
+    from mlchaos_dagster.agent.network_keeper import last_words
+
     left, error = -1, ""
     try:
         rules.remove(lease)
@@ -83,7 +75,7 @@ def main(arguments: list[str]) -> int:
     verb, what = arguments
     try:
         if verb == "keep":
-            return Keeper(at_home(Plan.from_json(what))).run()
+            return keep(what)
         if verb == "go":
             return go(what)
         if verb == "clean":
@@ -91,10 +83,6 @@ def main(arguments: list[str]) -> int:
         said = ask(what, verb)
         _say(said)
         return 1 if said.get("error") else 0
-    except ValueError as e:
-        last_words(why=str(e), rules=0, error=str(e))
-        sys.stderr.write(f"mlchaos: {e}\n")
-        return 2
     except OSError as e:
         sys.stderr.write(f"mlchaos: no agent answers: {e.strerror or e}\n")
         return 3

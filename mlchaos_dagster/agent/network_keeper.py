@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.agent import network_rules as rules
+from mlchaos_dagster.agent.network_client import address
 from mlchaos_dagster.agent.network_plan import LATENCY, Plan
 from mlchaos_dagster.agent.network_probe import Prober, effect
 from mlchaos_dagster.agent.network_queue import Delayer, Queue, Wander
@@ -28,11 +29,6 @@ LINGER_S = 15.0
 _RENEW_S = 1.0
 _LAST_WORDS = Path("/dev/termination-log")
 """Where Kubernetes reads what an ended container has to say."""
-
-
-def address(lease: str) -> str:
-    """Of the control socket: abstract, so it belongs to the pod's network namespace."""
-    return f"\0mlchaos/{lease}"
 
 
 def last_words(**said: Any) -> None:

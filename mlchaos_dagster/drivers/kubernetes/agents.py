@@ -199,6 +199,10 @@ def line(stream: ExecStream, timeout_s: float) -> dict[str, Any]:
         got += stream.read(max(0.05, min(0.5, end - time.monotonic())))
         if not stream.running and "\n" not in got:
             break
+    if "\n" not in got:
+        if stream.running:
+            raise DriverUnavailable(f"the agent in {stream.where} says nothing within {timeout_s:g} s", driver=NAME)
+        return said(stream.finish(0.0))
     return said(ExecResult(0, got.partition("\n")[0], ""))
 
 

@@ -29,8 +29,9 @@ from mlchaos_dagster.kube.selecting import far
 MODULE = "mlchaos_dagster.agent.network"
 _START_S = 45.0
 """An image that must be pulled first may take longer: pull it beforehand."""
-_PREPARED_S = 8.0
-_GO_S = 4.0
+_PREPARED_S = 20.0
+"""A pod with a tenth of a CPU starts a Python in seconds; the agent lives in what the pod has."""
+_GO_S = 6.0
 _STARTING_S = 6.0
 """How long recovery waits for an agent that is just being started, so that it can tell it to stop."""
 _CLEANED_S = 12.0
