@@ -12,6 +12,11 @@ import pytest
 
 from mlchaos_dagster.domain.environment import KubernetesObjects, Target
 from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+from mlchaos_dagster.drivers.kubernetes.faults import handler
+from mlchaos_dagster.drivers.kubernetes.handler import Injection
+from mlchaos_dagster.engine.ports import no_step
+from mlchaos_dagster.kube.client import Site
+from mlchaos_dagster.kube.refs import Ref
 from tests.cluster.conftest import TARGET_IMAGE, Faulting, eventually, kubectl, objects
 
 pytestmark = pytest.mark.timeout(180)
@@ -45,7 +50,7 @@ server.serve_forever()
 """Loads its certificate anew for each connection."""
 
 
-def service(namespace: str, program: str) -> str:
+def service(namespace: str, program: str, port: int) -> str:
     """A pod that mounts the Secret `edge`, running; its name."""
     pod = {
         "apiVersion": "v1",
@@ -59,6 +64,7 @@ def service(namespace: str, program: str) -> str:
                     "image": TARGET_IMAGE,
                     "imagePullPolicy": "IfNotPresent",
                     "command": ["python3", "-u", "-c", program],
+                    "readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 1},
                     "volumeMounts": [{"name": "secret", "mountPath": "/secret"}],
                     "resources": {
                         "requests": {"cpu": "20m", "memory": "32Mi"},
@@ -118,7 +124,7 @@ def test_the_old_credential_is_accepted_until_the_overlap_is_over_and_refused_by
     faulting: Faulting, namespace: str
 ) -> None:
     where = credential(namespace)
-    service(namespace, VERIFIER)
+    service(namespace, VERIFIER, 8080)
     assert status(namespace, "Bearer before") == 200
     lease = faulting.lease("credential_rotation", "app=edge", objects=where, overlap_s=12.0)
     faulting.driver.inject(lease)
@@ -158,6 +164,16 @@ def test_recovered_early_and_elsewhere_it_is_complete(
     driver.recover(lease)
     assert secret(namespace) == {"token": new, "user": "a"} and marks(namespace) == []
     assert not driver.active(lease).present
+
+
+def test_whoever_has_lost_the_lease_completes_it_from_what_the_secret_says(
+    faulting: Faulting, namespace: str, site: Site
+) -> None:
+    lease = faulting.lease("credential_rotation", "app=edge", objects=credential(namespace), overlap_s=3600.0)
+    faulting.driver.inject(lease)
+    refs = tuple(Ref.parse(t) for t in lease.targets)
+    handler("credential_rotation").recover(site, Injection(lease, refs, {}), no_step)
+    assert set(secret(namespace)) == {"token", "user"} and marks(namespace) == []
 
 
 def test_recovered_before_it_was_made_nothing_is_rotated(faulting: Faulting, namespace: str) -> None:
@@ -225,7 +241,7 @@ def test_a_new_certificate_of_the_same_names_and_ca_is_served(
     faulting: Faulting, namespace: str, tmp_path: Path
 ) -> None:
     where = certificate(namespace, tmp_path)
-    service(namespace, TLS)
+    service(namespace, TLS, 8443)
     old = secret(namespace)
     assert shown(namespace) == old["tls.crt"].strip()
     lease = faulting.lease("certificate_rotation", "app=edge", objects=where)

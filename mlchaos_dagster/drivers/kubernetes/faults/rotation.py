@@ -112,10 +112,9 @@ class CredentialRotation(_Rotation):
 
     def recover(self, site: Site, injection: Injection, step: Step) -> None:
         """Complete it: the old one is gone."""
-        key = injection.undo["key"]
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            take_off(site, ref, injection.lease, lambda found: _completed(found, key))
+            take_off(site, ref, injection.lease, _completed)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
         """The Secret, as it is now."""
@@ -124,7 +123,7 @@ class CredentialRotation(_Rotation):
             found = read(site, ref)
             ours = marked_by(found) == injection.lease.id
             data = mapping(found, "data")
-            there = ours and _rotated(found) == _digest(data.get(key, ""))
+            there = ours and _noted(found, "rotated") == _digest(data.get(key, ""))
             present, new = present or ours, new + there
             if found is None:
                 lines.append(f"{ref.shown} is gone, and the rotation with it")
@@ -183,7 +182,7 @@ class CertificateRotation(_Rotation):
         """It is complete as it is; the mark goes."""
         for done, ref in enumerate(injection.refs):
             step(done, len(injection.refs))
-            take_off(site, ref, injection.lease, lambda found: {"metadata": {"annotations": {UNDO: None}}})
+            take_off(site, ref, injection.lease, _completed)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
         """The Secret as it is now, and the certificate that a new connection gets."""
@@ -191,7 +190,7 @@ class CertificateRotation(_Rotation):
         for ref in injection.refs:
             found = read(site, ref)
             ours = marked_by(found) == injection.lease.id
-            there = ours and _rotated(found) == _digest(mapping(found, "data").get(CERTIFICATE, ""))
+            there = ours and _noted(found, "rotated") == _digest(mapping(found, "data").get(CERTIFICATE, ""))
             present, new = present or ours, new + there
             if found is None:
                 lines.append(f"{ref.shown} is gone, and the rotation with it")
@@ -208,7 +207,7 @@ class CertificateRotation(_Rotation):
 
 def _renewed(found: Object, key: str, lease: Lease, overlap: bool) -> Object:
     """The patch; of a Secret that has it already, nothing but the mark."""
-    if marked_by(found) == lease.id and _rotated(found):
+    if marked_by(found) == lease.id and _noted(found, "rotated"):
         return {}
     old = _value(found, key)
     if not old:
@@ -218,14 +217,15 @@ def _renewed(found: Object, key: str, lease: Lease, overlap: bool) -> Object:
     data = {key: _encoded(value.encode())}
     if overlap:
         data[key + PREVIOUS] = _encoded(old)
-    return {"data": data, **_note(_digest(data[key]))}
+    return {"data": data, **_note(_digest(data[key]), key)}
 
 
-def _completed(found: Object, key: str) -> Object:
-    """The patch; `KEY.previous` is only ours where we noted that we rotated."""
+def _completed(found: Object) -> Object:
+    """The patch. The Secret itself tells which key was rotated: it works for whoever has lost the lease, too."""
     patch: Object = {"metadata": {"annotations": {UNDO: None}}}
-    if _rotated(found) and key + PREVIOUS in mapping(found, "data"):
-        patch["data"] = {key + PREVIOUS: None}
+    previous = _noted(found, "key") + PREVIOUS
+    if previous != PREVIOUS and previous in mapping(found, "data"):
+        patch["data"] = {previous: None}
     return patch
 
 
@@ -245,15 +245,15 @@ def _withdraw(site: Site, injection: Injection) -> None:
             continue
 
 
-def _note(digest: str) -> Object:
+def _note(digest: str, key: str = "") -> Object:
     """On the Secret: what we made, as a digest. It is random of 256 bits, or public: a digest gives nothing away."""
-    return {"metadata": {"annotations": {UNDO: json.dumps({"rotated": digest})}}}
+    return {"metadata": {"annotations": {UNDO: json.dumps({"rotated": digest, "key": key})}}}
 
 
-def _rotated(found: Object | None) -> str:
+def _noted(found: Object | None, what: str) -> str:
     known = text(found, "metadata", "annotations", UNDO)
     try:
-        return str(json.loads(known)["rotated"]) if known else ""
+        return str(json.loads(known)[what]) if known else ""
     except (ValueError, KeyError, TypeError):
         return ""
 
