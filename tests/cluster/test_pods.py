@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -188,10 +189,12 @@ def test_an_interval_hits_the_replacements_until_recover(
 
 def test_an_interval_ends_at_its_deadline(namespace: str, driver: KubernetesDriver, faulting: Faulting) -> None:
     selector = deploy(namespace, replicas=1)
-    lease = faulting.lease("pod_delete", selector, duration_s=1.5, interval_s=1.0, signal="kill")
+    lease = faulting.lease("pod_delete", selector, duration_s=5.0, interval_s=2.0, signal="kill")
     driver.inject(lease)
-    eventually(lambda: not driver.active(lease).present, within=5)
-    assert "2 rounds" in driver.active(lease).lines[0]
+    assert driver.active(lease).present
+    eventually(lambda: not driver.active(lease).present, within=10)
+    rounds = re.search(r"in (\d) rounds", driver.active(lease).lines[0])
+    assert rounds and 1 < int(rounds[1]) <= 3
 
 
 def test_a_budget_refuses_the_eviction(
@@ -288,8 +291,8 @@ def test_failed_pods_are_down_for_the_window_and_serve_again(
     began = time.monotonic()
     assert elsewhere("recover", lease, options) == "done"
     assert not driver.active(lease).present
-    eventually(lambda: all_ready(namespace, selector, 2), within=10)
-    assert time.monotonic() - began < 10
+    eventually(lambda: all_ready(namespace, selector, 2), within=30)
+    assert time.monotonic() - began < 30, "R1-01"
     assert {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)} == before
     driver.recover(lease)
     assert {p["metadata"]["uid"]: spec_of(p) for p in pods(namespace, selector)} == before
