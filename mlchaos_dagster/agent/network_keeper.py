@@ -112,7 +112,7 @@ class Keeper:
     def prepare(self) -> None:
         """Everything in place, nothing in effect. Raises RulesError."""
         if not self.plan.only_look:
-            rules.remove(self.plan.lease)
+            rules.remove(self.plan.lease, self.plan.families)
             if self.plan.kind == LATENCY:
                 self.holder = Holder(self.plan)
                 self._selector.register(self.holder.control, selectors.EVENT_READ, self._holder_spoke)
@@ -136,7 +136,7 @@ class Keeper:
         self.prober.stop()
         try:
             if not self.plan.only_look:
-                rules.remove(self.plan.lease)
+                rules.remove(self.plan.lease, self.plan.families)
         finally:
             if self.holder is not None:
                 self.figures = self.holder.figures()
@@ -150,7 +150,7 @@ class Keeper:
 
     def status(self) -> dict[str, Any]:
         """What is there now, read from the kernel."""
-        found = [] if self.plan.only_look else rules.read(self.plan.lease)
+        found = [] if self.plan.only_look else rules.read(self.plan.lease, self.plan.families)
         figures = self.holder.figures() if self.holder else self.figures
         on = self.phase == "on"
         seen, lines = False, [""]
@@ -247,7 +247,7 @@ class Keeper:
 
     def _enough(self) -> bool:
         try:
-            return rules.met(rules.read(self.plan.lease), self.plan.lease)[1] > 0
+            return rules.met(rules.read(self.plan.lease, self.plan.families), self.plan.lease)[1] > 0
         except rules.RulesError:
             return True
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,10 +118,10 @@ def _switch(lease: str, family: int, word: str) -> None:
         raise RulesError(f"the kernel's switch {switch(lease, family)} cannot be turned: {e.strerror}") from e
 
 
-def remove(lease: str) -> None:
-    """Take away every rule and chain of the lease, whoever made them. Raises RulesError."""
+def remove(lease: str, families: Sequence[int] = ()) -> None:
+    """Take away every rule and chain of the lease, whoever made them; of all IP versions unless told. Raises RulesError."""
     release(lease)
-    for family in _families():
+    for family in families or _families():
         undo = removal(_save(family), base(lease))
         if undo:
             _run([f"{_TOOLS[family]}-restore", "--noflush", "-w", "5"], undo)
@@ -146,10 +147,10 @@ def removal(saved: str, chain: str) -> str:
     return "\n".join(["*filter", *jumps, *flush, *(f"-X {c}" for c in chains), "COMMIT", ""])
 
 
-def read(lease: str) -> list[Counted]:
+def read(lease: str, families: Sequence[int] = ()) -> list[Counted]:
     """What the kernel holds of the lease now: its rules, with the packets that met them. Raises RulesError."""
     found: list[Counted] = []
-    for family in _families():
+    for family in families or _families():
         found += counted(_save(family, "-c"), base(lease))
     return found
 
