@@ -1,4 +1,4 @@
-"""Further nodes for tests, by the command that `MLCHAOS_TEST_NODES` names (`NODES add|kill|revive|partition|heal|remove NAME`).
+"""Further nodes for tests, by the command `node` in `MLCHAOS_CLUSTER` (`node add|kill|revive|partition|heal|remove NAME`).
 
 Every node of a test carries a taint from its first second, so that nobody else's pods land on it, and `placed()` puts a
 test's own pods there.
@@ -16,17 +16,17 @@ import pytest
 
 from tests.cluster.conftest import SERVER, TARGET_IMAGE, eventually, kubectl, objects, ready
 
-_BESIDE = Path(__file__).parents[3] / "shared" / "cluster" / "node"
+_ROOT = Path(__file__).parents[2]
 TAINT = "mlchaos.dev/test-node"
 TOLERATES = [{"key": TAINT, "operator": "Exists"}]
 
 
 def command() -> str:
     """Path of the command; skips the test where there is none."""
-    path = os.environ.get("MLCHAOS_TEST_NODES") or (str(_BESIDE) if _BESIDE.exists() else "")
-    if not path:
-        pytest.skip("MLCHAOS_TEST_NODES is not set: no second node is to be had here")
-    return path
+    path = _ROOT / os.environ.get("MLCHAOS_CLUSTER", "../shared/cluster") / "node"
+    if not path.exists():
+        pytest.skip("MLCHAOS_CLUSTER has no command `node`: no second node is to be had here")
+    return str(path)
 
 
 def node(*words: str, timeout: float = 60) -> str:
