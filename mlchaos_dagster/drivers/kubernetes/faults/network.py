@@ -135,7 +135,7 @@ class Network:
         Raises:
             RecoverFailed: a pod could not be asked, or rules are left.
         """
-        if injection.undo["mode"] == "policy":
+        if injection.undo.get("mode", "policy") == "policy":  # of a lost lease nobody knows
             network_policy.remove(site, injection)
         answers = agents.together(
             [_job(_clear, site, injection.lease, ref) for ref in injection.refs], step, _RECOVER_S
@@ -155,10 +155,10 @@ class Network:
         found = [a for a in answers if isinstance(a, Evidence)]
         lines = [line for e in found for line in e.lines]
         present = any(e.present for e in found)
-        if injection.undo["mode"] == "policy":
+        if injection.undo.get("mode", "policy") == "policy":
             standing, said = network_policy.standing(site, injection)
             lines, present = [*said, *lines], present or standing
-        if present and injection.undo["far"]:
+        if present and injection.undo.get("far"):
             lines += _replaced(site, injection)
         return Evidence(present=present, effective=present and all(e.effective for e in found), lines=tuple(lines))
 
