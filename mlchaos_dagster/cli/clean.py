@@ -16,8 +16,11 @@ _UNCLEAN = 70
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("--force", is_flag=True, help="Also what live runs hold: their faults are taken away under them.")
 @click.option("--installation", is_flag=True, help="Also the sweeper, its permissions and the control namespace.")
+@click.option(
+    "--namespace", "namespaces", multiple=True, metavar="NAME", help="Only there; may be given several times."
+)
 @common
-def command(dry_run: bool, force: bool, installation: bool) -> None:
+def command(dry_run: bool, force: bool, installation: bool, namespaces: tuple[str, ...]) -> None:
     """Remove everything that experiments made in the environment's cluster, found by label and mark; faults first.
 
     Needs no state directory of the runs that made it. Exits with 0 when nothing is left, and with 70 when a fault may be live.
@@ -47,6 +50,7 @@ def command(dry_run: bool, force: bool, installation: bool) -> None:
             force=f"mlchaos clean --force, by {app.settings.user or 'somebody'}" if force else "",
             dry_run=dry_run,
             installation=installation,
+            namespaces=namespaces,
         )
         rows = []
         for row in cleaner.rows():

@@ -6,7 +6,7 @@ Works without any state directory: from leases in the cluster, and where those a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,15 +24,13 @@ from mlchaos_dagster.kube.leases import ClusterLedger
 from mlchaos_dagster.kube.refs import Ref
 
 _MENDS = {
-    "pod": "pod_failure",
-    "deployment": "scale_to_zero",
-    "statefulset": "scale_to_zero",
-    "node": "node_drain",
-    "secret": "credential_rotation",
+    "pod": ("network_partition", "pod_failure"),
+    "deployment": ("scale_to_zero",),
+    "statefulset": ("scale_to_zero",),
+    "node": ("node_drain",),
+    "secret": ("credential_rotation",),
 }
-"""Kind of a marked object → a fault whose handler takes such marks off, from what the object itself says."""
-_HELPERS = "network_partition"
-"""A fault whose handler ends helper containers."""
+"""Kind of a marked object → faults whose handlers take such marks off, from what the object itself says."""
 _GONE_S = 5.0
 
 
@@ -55,11 +53,21 @@ class Cleaner:
         force: Reason that makes leases of live runs due, too; empty: they are left alone.
         dry_run: Change nothing.
         installation: Remove sweeper, permissions and the control namespace as well.
+        namespaces: Only what lies there, and leases of this control namespace; empty: everywhere.
     """
 
     def __init__(
-        self, site: Site, clock: Clock, incidents: IncidentLog, *, force: str, dry_run: bool, installation: bool
+        self,
+        site: Site,
+        clock: Clock,
+        incidents: IncidentLog,
+        *,
+        force: str = "",
+        dry_run: bool = False,
+        installation: bool = False,
+        namespaces: Collection[str] = (),
     ) -> None:
+        self.namespaces = frozenset(namespaces)
         self.site, self.clock, self.incidents = site, clock, incidents
         self.force, self.dry_run, self.installation = force, dry_run, installation
         self.ledger = ClusterLedger(site.cluster, site.options.control_namespace, clock)
@@ -78,7 +86,8 @@ class Cleaner:
         yield from (Row(f"lease {i}", "left", "its run is alive; --force takes its fault away") for i in sorted(live))
         told = live | due if self.dry_run else live
         for found in list(leftovers.find(self.site.cluster)):
-            if found.lease not in told and not _of(found, told):
+            elsewhere = self.namespaces and found.namespace not in self.namespaces
+            if not elsewhere and found.lease not in told and not _of(found, told):
                 yield from self._one(found)
 
     def _sweep(self) -> list[SweepResult]:
@@ -127,10 +136,9 @@ class Cleaner:
 
     def _mend(self, found: Leftover) -> bool:
         """From the object's own marks: its lease is lost."""
-        kind = _HELPERS if found.how == "helper" else _MENDS[found.kind]
         ref = Ref(found.kind, found.namespace, found.name, found.uid)
-        injection = Injection(_lost(found.lease, kind, ref), (ref,), {})
-        handler(kind).recover(self.site, injection, no_step)
+        for kind in _MENDS[found.kind]:
+            handler(kind).recover(self.site, Injection(_lost(found.lease, kind, ref), (ref,), {}), no_step)
         return self._until(
             lambda: not any(o.uid == found.uid for o in leftovers.find(self.site.cluster) if o.how == found.how)
         )

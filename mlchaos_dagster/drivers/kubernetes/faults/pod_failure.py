@@ -106,7 +106,7 @@ class PodFailure:
                 frozen.shut_out(site, ref)
                 found = frozen.read(site, ref)  # what came in just before is seen now
             if found is not None and _ours(found, lease.id):
-                known: dict[str, str] = injection.undo["images"].get(ref.uid, {})
+                known: dict[str, str] = injection.undo.get("images", {}).get(ref.uid, {})
                 frozen.change(site, ref, lambda pod, ref=ref, known=known: _restore(site, ref, pod, lease.id, known))
             step(0, 0)
 

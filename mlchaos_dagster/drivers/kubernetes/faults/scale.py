@@ -135,7 +135,7 @@ class Scaling:
         if frozen.marked_by(found) != injection.lease.id:
             return
         noted = json.loads(text(found, "metadata", "annotations", frozen.UNDO) or "{}").get("replicas")
-        before: int = injection.undo["replicas"].get(ref.uid, noted)
+        before: int = injection.undo.get("replicas", {}).get(ref.uid, noted)
         body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(frozen.MARKS)}}
         if replicas_of(found) == self.goal(before, injection.params):
             body["spec"] = {"replicas": before}
