@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mlchaos_dagster.drivers.kubernetes import rivals
 from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
 from mlchaos_dagster.engine.ports import Objection
+from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.labels import LEASE, OPT_IN
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text, words
@@ -71,7 +72,9 @@ def _kind_fits(request: Request, handler: Handler) -> Iterator[Objection]:
 
 
 def _permitted(site: Site, request: Request, handler: Handler) -> Iterator[Objection]:
-    for permission in sorted(permissions(request, iter(handler.permissions(site, request)))):
+    needed = permissions(request, iter(handler.permissions(site, request)))
+    needed |= set(leases.permissions(site.options.control_namespace))
+    for permission in sorted(needed):
         if not site.cluster.allowed(permission):
             yield Objection(f"no permission to {permission.verb} {permission.resource}", permission.rule)
 
