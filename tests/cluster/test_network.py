@@ -86,7 +86,7 @@ def now(namespace: str, pod: str) -> dict[str, Any]:
     return json.loads(kubectl("get", "pod", "-n", namespace, pod, "-o", "json"))
 
 
-@pytest.mark.req("R2-03")
+@pytest.mark.req("R2-03", "R1-02")
 def test_latency_on_a_link_is_what_was_asked_for(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
     lease = faulting.lease("network_latency", LINK, latency_s=0.5, jitter_s=0.1)
     start = time.monotonic()
@@ -171,7 +171,7 @@ def test_partition_cuts_what_stands_and_ends_at_its_deadline_though_the_run_is_k
     assert "MLCHAOS" not in observed(client.namespace, client.pod)
 
 
-@pytest.mark.req("R1-03")
+@pytest.mark.req("R3-02")
 def test_loss_loses_that_fraction(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
     lease = faulting.lease("network_loss", LINK, fraction=0.2)
     driver.inject(lease)
@@ -186,7 +186,7 @@ def test_loss_loses_that_fraction(client: Client, faulting: Faulting, driver: Ku
     assert all(t is not None and t < 0.9 for t in after), after
 
 
-@pytest.mark.req("R1-03")
+@pytest.mark.req("RX-01")
 @pytest.mark.parametrize("kind", ["network_latency", "network_partition"])
 def test_an_agent_that_is_killed_takes_its_fault_along(
     client: Client, faulting: Faulting, driver: KubernetesDriver, options: Kubernetes, kind: str
@@ -256,7 +256,7 @@ def test_a_recovery_in_the_middle_of_inject_shuts_it_out(
     assert not driver.active(lease).present
 
 
-@pytest.mark.req("R1-03")
+@pytest.mark.req("RX-01")
 def test_pods_that_are_replaced(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
     lease = faulting.lease("network_partition", LINK)
     driver.inject(lease)
@@ -271,7 +271,6 @@ def test_pods_that_are_replaced(client: Client, faulting: Faulting, driver: Kube
     assert not evidence.present and "is gone" in evidence.lines[0], evidence
 
 
-@pytest.mark.req("R1-03")
 def test_names_do_not_resolve(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
     asked = "import socket\ntry:\n socket.getaddrinfo('web', 80); print('yes')\nexcept OSError: print('no')"
     assert client.run("python3", "-c", asked) == "yes\n"

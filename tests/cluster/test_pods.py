@@ -148,7 +148,7 @@ def stateful(namespace: str, name: str = "db", replicas: int = 1) -> str:
 # -- pod_delete -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.req("R1-01")
+@pytest.mark.req("R1-01", "R3-02")
 def test_deleted_pods_go_and_others_come(
     namespace: str, driver: KubernetesDriver, faulting: Faulting, options: Kubernetes
 ) -> None:

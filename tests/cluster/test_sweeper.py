@@ -103,7 +103,7 @@ def all_ready(namespace: str, select: str, count: int) -> bool:
     return len(found) == count and all(ready(p) and "mlchaos.dev/lease" not in str(p["metadata"]) for p in found)
 
 
-@pytest.mark.req("R0-10", "R3-04")
+@pytest.mark.req("R0-10", "RX-01")
 def test_what_a_killed_run_left_behind_is_taken_away_within_its_time_to_live(context: str, sweeper: str) -> None:
     select = deploy(sweeper, replicas=2)
     with running(sweeper, context, "pod_failure", select, "mlchaos-test-killed") as owner:
@@ -124,7 +124,7 @@ def test_what_a_killed_run_left_behind_is_taken_away_within_its_time_to_live(con
     ] * 2
 
 
-@pytest.mark.req("R0-10")
+@pytest.mark.req("R0-10", "RX-01")
 def test_a_run_that_was_stopped_and_goes_on_too_late_finds_itself_taken_over(context: str, sweeper: str) -> None:
     select = deploy(sweeper, replicas=1)
     with running(sweeper, context, "pod_failure", select, "mlchaos-test-late") as owner:
@@ -136,7 +136,7 @@ def test_a_run_that_was_stopped_and_goes_on_too_late_finds_itself_taken_over(con
         eventually(lambda: all_ready(sweeper, select, 1), 30)
 
 
-@pytest.mark.req("R0-10")
+@pytest.mark.req("RX-01")
 def test_a_sweeper_that_is_killed_is_replaced_and_its_work_goes_on(context: str, sweeper: str) -> None:
     select = deploy(sweeper, replicas=1)
     before = heart(sweeper)

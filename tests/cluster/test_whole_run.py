@@ -86,7 +86,7 @@ def machines(sweeper: str, context: str, tmp_path: Path) -> Iterator[tuple[Machi
     yield Machine(tmp_path / "a", tmp_path / "library"), Machine(tmp_path / "b", tmp_path / "library"), sweeper, select
 
 
-@pytest.mark.req("R0-10")
+@pytest.mark.req("R0-10", "R4-05")
 def test_a_run_is_stopped_from_another_machine(machines: tuple[Machine, Machine, str, str]) -> None:
     here, there, namespace, select = machines
     run = here.start("run", "tiny-fail", "-e", "tiny")
@@ -103,7 +103,7 @@ def test_a_run_is_stopped_from_another_machine(machines: tuple[Machine, Machine,
     eventually(lambda: all_ready(namespace, select, 3), 40)
 
 
-@pytest.mark.req("R0-10")
+@pytest.mark.req("R0-10", "RX-01")
 def test_a_run_that_is_killed_with_its_watchdog_leaves_nothing(machines: tuple[Machine, Machine, str, str]) -> None:
     here, _, namespace, select = machines
     run = here.start("run", "tiny-fail", "-e", "tiny")
