@@ -85,9 +85,9 @@ def held(site: Site, lease: Lease) -> None:
 
 
 def permissions(namespace: str) -> tuple[Permission, ...]:
-    """Everything that ledger, lever and heart ask of the API server in the control namespace."""
+    """Everything that a run's ledger and the lever ask of the API server in the control namespace."""
     needed = {
-        ("coordination.k8s.io", "leases"): ("get", "list", "create", "update", "patch", "delete"),
+        ("coordination.k8s.io", "leases"): ("get", "list", "create", "patch", "delete"),
         ("", "secrets"): ("get", "list", "create", "delete"),
         ("", "configmaps"): ("get", "create", "update", "delete"),
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.errors import DriverUnavailable
-from mlchaos_dagster.kube.client import NAME, Site
+from mlchaos_dagster.kube.client import NAME, Permission, Site
 from mlchaos_dagster.kube.objects import text
 from mlchaos_dagster.kube.refs import Ref, collection
 
@@ -42,6 +42,12 @@ def select(site: Site, target: Target) -> list[Ref]:
             f'"{target.select}" selects everything. Allowed: labels, such as app=inference', driver=NAME
         )
     return [Ref.of(kind, found) for found in matching(site, kind, namespace_of(site, target), labels)]
+
+
+def permission_to(verb: str, kind: str, namespace: str) -> Permission:
+    """For objects of a kind; `list` is what `select` needs."""
+    group, _, plural = collection(kind, namespace).removeprefix("/").rpartition("/")
+    return Permission(verb, plural, namespace, group.split("/")[1] if group.startswith("apis/") else "")
 
 
 def matching(site: Site, kind: str, namespace: str, labels: str) -> list[dict[str, Any]]:

@@ -1,67 +1,163 @@
-"""The roles that are shipped allow what the code asks for, and the sweeper's nothing that only makes faults."""
+"""The roles that are shipped allow what the code asks for, and nothing else; and `docs/rbac.md` says of each rule why."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import yaml
 
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
-from mlchaos_dagster.drivers.kubernetes import preflight
+from mlchaos_dagster.drivers.kubernetes import actions, preflight
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
-from mlchaos_dagster.drivers.kubernetes.handler import Request
+from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
 from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import Cluster, Permission, Site
 from mlchaos_dagster.kube.refs import Ref
 from tests.kube.fake_api import Api
 
-RBAC = Path(__file__).parents[2] / "manifests" / "rbac"
+ROOT = Path(__file__).parents[2]
+RBAC = ROOT / "manifests" / "rbac"
+CONTROL, SPACE = "mlchaos-system", "shop"
+Rules = set[tuple[str, str]]
+"""(`resource` or `resource.group`, verb)."""
+WATCHED = "pods deployments.apps statefulsets.apps jobs.batch horizontalpodautoscalers.autoscaling"
+MIRRORS = f"{WATCHED} inferenceservices.serving.kserve.io"
+
+RUNNER: dict[str, dict[str, str]] = {
+    "cluster": {
+        "nodes": "list",  # probes/kubernetes_service.py: through which node a NodePort answers
+        "chaosengines.litmuschaos.io *.chaos-mesh.org": "list",  # drivers/kubernetes/rivals.py
+    },
+    "target": {
+        MIRRORS: "list watch",  # probes/kubernetes.py
+        "deployments.apps statefulsets.apps": "get",  # probes/kubernetes_health.py
+        "services": "get",  # probes/kubernetes_service.py
+        "pods replicasets.apps": "get",  # kube/kin.py
+        "networkpolicies.networking.k8s.io": "get list create delete",  # faults/network_policy.py
+    },
+    "control": {"pods": "get"},  # faults/nodes.py: on which node this run itself is
+}
+"""What is asked for besides faults and ledger, which say it themselves."""
+
+SWEEPER: dict[str, dict[str, str]] = {
+    "cluster": {
+        "namespaces/kube-system": "get",  # kube/client.py, identity
+        "nodes": "get patch",  # faults/network.py, _node_answers; faults/nodes.py, recover
+        "namespaces pods": "list",  # faults/drain.py: nodes read back
+    },
+    "target": {
+        "pods": "get list watch patch delete",  # agents.py waits with a watch; pod_failure may delete
+        "pods/ephemeralcontainers": "patch",  # faults/network.py, _clean_after; faults/model_file.py, _helper
+        "pods/exec": "get create",
+        "secrets": "get patch",  # faults/rotation.py, recover
+        "deployments.apps statefulsets.apps": "get patch",  # faults/scale.py, recover
+        "replicasets.apps": "list patch",
+        "networkpolicies.networking.k8s.io": "get delete",  # faults/network_policy.py, remove and standing
+        "events": "create",  # sweeper.py, Events
+    },
+    "control": {
+        "leases.coordination.k8s.io": "get list create update patch delete",  # create, update: its heart
+        "secrets": "get list delete",
+        "configmaps/mlchaos-lever": "get",
+        "jobs.batch": "list delete",  # faults/gpu.py, recover
+        "pods": "list",
+    },
+}
+"""What recovery, proof and the heart ask for: `recover` and `active` of each handler, and sweeper.py."""
 
 
-def rules(*names: str) -> set[tuple[str, str, str]]:
-    """(group, resource, verb) that these roles allow."""
-    found: set[tuple[str, str, str]] = set()
+def roles() -> dict[str, Rules]:
+    """What each role allows; a resource that is bound to a name is `resource/name`."""
+    found: dict[str, Rules] = {}
     for path in RBAC.glob("*.yaml"):
         for role in yaml.safe_load_all(path.read_text()):
-            if role["kind"] in ("Role", "ClusterRole") and role["metadata"]["name"] in names:
-                for rule in role["rules"]:
-                    found |= {(g, r, v) for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
-    assert found, names
+            if role["kind"] in ("Role", "ClusterRole"):
+                found[role["metadata"]["name"]] = set(_rules(role["rules"]))
     return found
 
 
-def missing(needed: set[Permission], allowed: set[tuple[str, str, str]]) -> list[str]:
-    return sorted(f"{p.verb} {p.group}/{p.resource}" for p in needed if (p.group, p.resource, p.verb) not in allowed)
+def _rules(written: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for rule in written:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                for name in rule.get("resourceNames", [""]):
+                    shown = resource + (f"/{name}" if name else "") + (f".{group}" if group else "")
+                    yield from ((shown, verb) for verb in rule["verbs"])
 
 
-@pytest.mark.parametrize("kind", sorted(PLACES))
-@pytest.mark.parametrize("network", ["agent", "policy"])
-def test_the_runner_may_do_what_every_handler_asks_for(kind: str, network: Any) -> None:
-    options = Kubernetes(context="c", namespace="shop", network=network)
-    site = Site(cast(Cluster, Api()), options)
-    chosen = handler(kind)
-    for what in sorted(chosen.kinds):
-        ref = Ref(what, "" if what == "node" else "shop", "x", "u")
-        for params in ({"interval_s": 1.0}, {"evict": True}, {}):
-            target = Target(select="app=x->app=y", kubernetes=KubernetesObjects())
-            request = Request(kind, (ref,), (ref,), dict(params), target)
-            needed = preflight.permissions(request, iter(chosen.permissions(site, request)))
-            inside = {p for p in needed if p.namespace == options.control_namespace}
-            assert missing(inside, rules("mlchaos-ledger", "mlchaos-helpers")) == []
-            assert missing(needed - inside, rules("mlchaos-faults", "mlchaos-cluster", "mlchaos-nodes")) == []
+def bound(account: str) -> dict[str, Rules]:
+    """What an account may, by place: of the cluster, in a target's namespace, in the control namespace."""
+    there, found = roles(), {"cluster": Rules(), "target": Rules(), "control": Rules()}
+    for path in RBAC.rglob("*.yaml"):
+        for binding in yaml.safe_load_all(path.read_text()):
+            if binding["kind"] in ("RoleBinding", "ClusterRoleBinding"):
+                if account in [s["name"] for s in binding["subjects"]]:
+                    role = binding["roleRef"]
+                    place = "control" if role["kind"] == "Role" else "target"
+                    place = "cluster" if binding["kind"] == "ClusterRoleBinding" else place
+                    found[place] |= there[role["name"]]
+    return found
 
 
-def test_both_may_keep_the_ledger_and_no_more_of_the_control_namespace() -> None:
-    needed = set(leases.permissions("mlchaos-system"))
-    assert missing(needed, rules("mlchaos-ledger")) == []
-    assert rules("mlchaos-ledger") == {(p.group, p.resource, p.verb) for p in needed}
+def spread(written: dict[str, str]) -> Rules:
+    return {(r, v) for resources, verbs in written.items() for r in resources.split() for v in verbs.split()}
+
+
+def asked_by_a_run(network: Literal["agent", "policy"] = "agent") -> Iterator[Permission]:
+    """By every fault and action, with every parameter that changes what is asked, and by the ledger."""
+    site = Site(cast(Cluster, Api()), Kubernetes(context="c", namespace=SPACE, network=network))
+    chosen: list[tuple[str, Handler]] = [(kind, handler(kind)) for kind in PLACES] + list(actions.HANDLERS.items())
+    for kind, one in chosen:
+        for what in sorted(one.kinds):
+            ref = Ref(what, "" if what == "node" else SPACE, "x", "u")
+            for params in ({"interval_s": 1.0}, {"evict": True}, {}):
+                target = Target(select="app=x->app=y", kubernetes=KubernetesObjects())
+                request = Request(kind, (ref,), (ref,), dict(params), target)
+                yield from preflight.permissions(request, iter(one.permissions(site, request)))
+    yield from leases.permissions(CONTROL)
+
+
+def needed_by_a_run() -> dict[str, Rules]:
+    found = {place: spread(written) for place, written in RUNNER.items()}
+    places = {"": "cluster", SPACE: "target", CONTROL: "control"}
+    for p in (*asked_by_a_run("agent"), *asked_by_a_run("policy")):
+        found[places[p.namespace]].add((p.resource + (f".{p.group}" if p.group else ""), p.verb))
+    return found
+
+
+@pytest.mark.parametrize("place", ["cluster", "target", "control"])
+def test_the_run_may_do_what_its_code_asks_for_and_nothing_else(place: str) -> None:
+    may, needs = bound("mlchaos-runner")[place], needed_by_a_run()[place]
+    assert sorted(needs - may) == [], "missing"
+    assert sorted(may - needs) == [], "not needed"
+
+
+@pytest.mark.parametrize("place", ["cluster", "target", "control"])
+def test_the_sweeper_may_do_what_recovery_asks_for_and_nothing_else(place: str) -> None:
+    may, needs = bound("mlchaos-sweeper")[place], spread(SWEEPER[place])
+    assert sorted(needs - may) == [], "missing"
+    assert sorted(may - needs) == [], "not needed"
 
 
 def test_the_sweeper_makes_no_fault() -> None:
-    """What is only needed to make one: eviction, new policies and jobs; nothing of nodes but what uncordons them."""
-    sweeper, runner = rules("mlchaos-recovery"), rules("mlchaos-faults")
-    assert sweeper - runner == {("", "events", "create")}
-    makes = {(g, r, v) for g, r, v in runner if v == "create" and r != "pods/exec"}
-    assert makes and not makes & sweeper
+    """Nothing that is only needed to make one: eviction, new policies and Jobs; Events are its own."""
+    sweeper, runner = bound("mlchaos-sweeper"), bound("mlchaos-runner")
+    assert sweeper["target"] - runner["target"] == {("events", "create")}
+    makes = {(r, v) for r, v in runner["target"] | runner["control"] if v == "create" and r != "pods/exec"}
+    made = {(r, v) for r, v in sweeper["target"] | sweeper["control"]}
+    assert makes & made == {("leases.coordination.k8s.io", "create")}  # its heart
+
+
+def test_every_rule_has_its_sentence() -> None:
+    """`docs/rbac.md`: under a heading for each role, `| resources | verbs | why | without it |`; and no other rules."""
+    told: dict[str, Rules] = {}
+    for section in re.split(r"^### ", (ROOT / "docs/rbac.md").read_text(), flags=re.M)[1:]:
+        name = section.split("`")[1]
+        rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \| ([^|]{20,}) \| ([^|]{10,}) \|$", section, re.M)
+        words = [(re.findall(r"`([^`]+)`", row[0]), re.findall(r"\w+", row[1])) for row in rows]
+        told[name] = {(r, v) for resources, verbs in words for r in resources for v in verbs}
+    assert told == roles()

@@ -12,6 +12,7 @@ from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.labels import LEASE, OPT_IN
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text, words
 from mlchaos_dagster.kube.refs import collection
+from mlchaos_dagster.kube.selecting import permission_to
 
 _NEVER = frozenset({"kube-system", "kube-public", "kube-node-lease"})
 _TAKES_PODS = frozenset({"pod_delete", "pod_failure"})
@@ -49,7 +50,8 @@ def permissions(request: Request, handler_permissions: Iterator[Permission]) -> 
     spaces = sorted({ref.namespace for ref in request.refs if ref.namespace})
     own = {Permission(p.verb, p.resource, n if p.namespace else "", p.group) for p in BASE for n in spaces or [""]}
     own = {p for p in own if spaces or p.resource in ("namespaces", "nodes")}
-    return own | set(handler_permissions)
+    selected = {permission_to("list", ref.kind, ref.namespace) for ref in request.refs}
+    return own | selected | set(handler_permissions)
 
 
 def _opted_in(site: Site, request: Request) -> Iterator[Objection]:
