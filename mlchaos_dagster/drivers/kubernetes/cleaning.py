@@ -20,6 +20,7 @@ from mlchaos_dagster.engine.ports import Clock, Driver, Lease, Owner, no_step
 from mlchaos_dagster.engine.sweep import RenewalObserver, SweepResult, sweep
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import Site
+from mlchaos_dagster.kube.lease_objects import object_name
 from mlchaos_dagster.kube.leases import ClusterLedger
 from mlchaos_dagster.kube.refs import Ref
 
@@ -84,11 +85,31 @@ class Cleaner:
         due = {result.lease.id for result in swept}
         live = {lease.id for lease in self.ledger.leases()} - due
         yield from (Row(f"lease {i}", "left", "its run is alive; --force takes its fault away") for i in sorted(live))
-        told = live | due if self.dry_run else live
-        for found in list(leftovers.find(self.site.cluster)):
-            elsewhere = self.namespaces and found.namespace not in self.namespaces
-            if not elsewhere and found.lease not in told and not _of(found, told):
-                yield from self._one(found)
+        # What could not be proven gone keeps its lease: it is all that knows how. One that has lost its content knows
+        # nothing any more; what it made is found by its marks, and it goes after them.
+        failed = {r.lease.id for r in swept if not r.clean and (r.lease.targets or r.action == "left")}
+        told = live | due if self.dry_run else live | failed
+        everything = list(leftovers.find(self.site.cluster))
+        known = {object_name(i) for i in told}
+        for found in everything:  # also one that was opened just now
+            if found.is_lease and found.lease not in known | {object_name(i) for i in due}:
+                told.add(found.lease)
+                if self._asked(found):
+                    yield Row(found.shown, "left", self._whose(found))
+        for found in everything:
+            if self._asked(found) and found.lease not in told | known and not _of(found, told):
+                for row in self._one(found):
+                    if row.action == "failed" and found.lease:
+                        told.add(found.lease)
+                    yield row
+
+    def _asked(self, found: Leftover) -> bool:
+        return not self.namespaces or found.namespace in self.namespaces
+
+    def _whose(self, found: Leftover) -> str:
+        if found.namespace == self.ledger.namespace:
+            return "its run is alive; --force takes its fault away"
+        return f"of another ledger: its own sweeper, or an environment with kubernetes.control_namespace: {found.namespace}"
 
     def _sweep(self) -> list[SweepResult]:
         def build(name: str, environment: str) -> Driver:

@@ -176,7 +176,7 @@ class KubernetesDriver:
         wanted = lease.undo.get("cluster")
         if not lease.undo or not lease.targets:
             raise DriverUnavailable(
-                f"lease {lease.id} has lost its content: `mlchaos clean --lease {lease.id}` looks for what it made",
+                f"lease {lease.id} has lost its content: `mlchaos clean` finds by its marks what it made",
                 driver=NAME,
                 verb=verb,
                 lease_id=lease.id,

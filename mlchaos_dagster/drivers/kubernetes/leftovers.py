@@ -39,6 +39,11 @@ class Leftover:
     detail: str = ""
 
     @property
+    def is_lease(self) -> bool:
+        """Whether it is the Lease object of a ledger: a fault may be live as long as it is there."""
+        return self.how == "object" and self.kind == "lease" and bool(self.lease)
+
+    @property
     def shown(self) -> str:
         """One line for people."""
         where = f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
