@@ -17,7 +17,7 @@ from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.kubernetes import frozen
-from mlchaos_dagster.drivers.kubernetes.faults import stress_holding
+from mlchaos_dagster.drivers.kubernetes.faults import model_volume, stress_holding
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     Agent,
     NotRunning,
@@ -83,9 +83,9 @@ class ModelCorruption:
             seen, said = value(result)
             if said:
                 yield objection(said)
-            elif seen["unfit"]:
+            elif why := seen["unfit"] or model_volume.unfit(pods[ref], able[ref], seen["path"]):
                 yield Objection(
-                    f"{where.path} in {ref.shown} {seen['unfit']}",
+                    f"{where.path} in {ref.shown} {why}",
                     "targets.….kubernetes.path: a file that the container's user can replace and give back as it was",
                 )
             elif seen["kept"] or seen["partial"]:
@@ -103,12 +103,12 @@ class ModelCorruption:
             seed, name = uuid.uuid4().hex, str(container["name"])
             order = {"path": where.path, "lease": "", "how": request.params["how"], "seed": seed}
             seen = self.agent.ask(site, ref, name, "look", order, _TAKES_S)
-            if seen["unfit"]:
-                raise DriverError(f"{where.path} in {ref.shown} {seen['unfit']}", driver=NAME, verb="undo")
+            if said := seen["unfit"] or model_volume.unfit(pod, container, seen["path"]):
+                raise DriverError(f"{where.path} in {ref.shown} {said}", driver=NAME, verb="undo")
             return {
                 "container": name,
                 "container_id": container_id(pod, name),
-                "mount": _mount(container, seen["path"]),
+                "mount": model_volume.mount_of(pod, container, seen["path"]),
                 "seed": seed,
                 **{key: seen[key] for key in ("path", "sha256", "damaged_sha256", "size", "ino", "user")},
             }
@@ -147,8 +147,11 @@ class ModelCorruption:
             raise RecoverFailed("; ".join(bad), driver=NAME, verb="recover", lease_id=injection.lease.id)
 
     def _restore(self, site: Site, injection: Injection, ref: Ref) -> None:
-        before, pod = injection.undo["pods"][str(ref)], site.cluster.get(ref.path)
-        if text(pod, "metadata", "uid") != ref.uid:
+        ref, pod, before = model_volume.home(site, ref, injection.undo["pods"][str(ref)])
+        if pod is None:
+            if claim := model_volume.lost(site, ref, before):
+                said = f"{ref.shown} is gone, its file is on the claim {claim}, and no pod that runs mounts that"
+                raise RecoverFailed(said, driver=NAME, verb="recover", lease_id=injection.lease.id)
             return
         keys = ("path", "sha256", "damaged_sha256", "ino")
         order = {"lease": injection.lease.id, **{key: before[key] for key in keys}}
@@ -172,8 +175,12 @@ class ModelCorruption:
         )
 
     def _active(self, site: Site, injection: Injection, ref: Ref) -> Evidence:
-        before, pod = injection.undo["pods"][str(ref)], site.cluster.get(ref.path)
-        if text(pod, "metadata", "uid") != ref.uid:
+        frozen_ref = ref
+        ref, pod, before = model_volume.home(site, ref, injection.undo["pods"][str(ref)])
+        if pod is None:
+            if claim := model_volume.lost(site, ref, before):
+                said = f"{ref.shown} is gone; its file is on the claim {claim}, which no pod that runs mounts"
+                return Evidence(present=True, effective=False, lines=(said,))
             return _nothing(f"{ref.shown} is gone, and its files with it")
         order, seen = {"lease": injection.lease.id, "path": before["path"]}, None
         if is_running(pod, ref, before["container"]):
@@ -190,7 +197,12 @@ class ModelCorruption:
             return Evidence(
                 present=True, effective=False, lines=(f"{said}: its file is on a volume and cannot be read",)
             )
-        return _evidence(injection, ref, before, seen, container_id(pod, before["container"]))
+        found = _evidence(injection, ref, before, seen, container_id(pod, before["container"]))
+        if ref == frozen_ref:
+            return found
+        # What the service of the frozen pod would do with the file is not to be seen any more.
+        said = f"{frozen_ref.shown} is gone; its file is on the claim {before['mount']['claim']}, seen from {ref.shown}"
+        return Evidence(present=found.present, effective=False, lines=(said, *found.lines))
 
 
 def _evidence(injection: Injection, ref: Ref, before: dict[str, Any], seen: dict[str, Any], now_id: str) -> Evidence:
@@ -212,18 +224,6 @@ def _evidence(injection: Injection, ref: Ref, before: dict[str, Any], seen: dict
 
 
 # -- where the service does not start any more ---------------------------------------------------------------------------
-
-
-def _mount(container: Object, path: str) -> dict[str, str] | None:
-    """The volume that the file is on, and where that is mounted; None: the container's own layer."""
-    mounts = [
-        m for m in items(container, "volumeMounts") if f"{path}/".startswith(str(m["mountPath"]).rstrip("/") + "/")
-    ]
-    found = max(mounts, key=lambda m: len(str(m["mountPath"])), default=None)
-    if found is None:
-        return None
-    at, sub = str(found["mountPath"]).rstrip("/"), str(found.get("subPath") or "").strip("/")
-    return {"name": str(found["name"]), "below": (f"/{sub}" if sub else "") + path[len(at) :]}
 
 
 _VOLUME = "/mlchaos-volume"
