@@ -27,6 +27,10 @@ Remote = Callable[[Lease], "SweepLedger | None"]
 """The ledger that a lease is kept in besides the files; None: in no other. Raises MlChaosError: it cannot be reached."""
 RENEW_EVERY_S = 1.0
 """Between two renewals in the cluster."""
+SHOWN_EVERY_S = 0.5
+"""Between two renewals of the file while the owner waits for the cluster."""
+ANSWERS_S = 60.0
+"""So long at most: every call to a cluster is bounded, and opening a lease takes about fifteen. Then it hangs."""
 RENEWED_WITHIN_S = 5.0
 """How long a renewal in the cluster may be asked for and not succeed, by default."""
 
@@ -65,7 +69,8 @@ class PairedLedger:
         if remote is None:
             return opened
         try:
-            there = remote.open(opened)
+            with self._waiting(opened):
+                there = remote.open(opened)
         except BaseException as e:
             with contextlib.suppress(StoreError):  # else the watchdog closes it: nothing was injected
                 self.local.close(opened, (f"nothing was injected: {e}",))
@@ -92,14 +97,15 @@ class PairedLedger:
         self.local.check(lease)
         remote = self._remote_of(lease)
         if remote is not None and (there := self._taken(remote, lease)) is not None:
-            remote.check(there)
+            with self._waiting(lease):
+                remote.check(there)
 
     def close(self, lease: Lease, evidence: Sequence[str]) -> None:
         """In the cluster first: as long as it is open there, somebody must know. Raises as `Ledger.close`."""
         remote = self._remote_of(lease)
         if remote is not None and (there := self._taken(remote, lease)) is not None:
-            # The keeper goes on until it is closed: to prove and to close may take long when the cluster is slow.
-            remote.close(there, evidence)
+            with self._waiting(lease):
+                remote.close(there, evidence)
             self._there[lease.id] = None
         self._release(lease.id)
         self.local.close(lease, evidence)
@@ -192,6 +198,25 @@ class PairedLedger:
             except LeaseRefused:
                 self._there[lease.id] = None
         return self._there[lease.id]
+
+    @contextlib.contextmanager
+    def _waiting(self, lease: Lease) -> Generator[None, None, None]:
+        """While an answer of the cluster is waited for: who waits for a slow API server does not hang, and shows it."""
+        over = threading.Event()
+
+        def show() -> None:
+            end = self.local.clock.monotonic() + ANSWERS_S
+            while not over.wait(SHOWN_EVERY_S) and self.local.clock.monotonic() < end:
+                with contextlib.suppress(StoreError):  # fenced, or a full disk: the next renewal of the loop tells
+                    self.renew(lease)
+
+        thread = threading.Thread(target=show, name=f"wait-{lease.id}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _release(self, lease_id: str) -> None:
         if (keeper := self._keepers.pop(lease_id, None)) is not None:

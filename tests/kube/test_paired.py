@@ -46,6 +46,7 @@ def until(look: Callable[[], Any], within: float = 5.0) -> None:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlchaos_dagster.engine.paired.RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr("mlchaos_dagster.engine.paired.SHOWN_EVERY_S", 0.02, raising=False)
 
 
 def test_both_hold_it_and_both_let_it_go(tmp_path: Path) -> None:
@@ -97,6 +98,47 @@ def test_an_owner_that_hangs_looks_hung_in_the_cluster(tmp_path: Path) -> None:
     threading.Event().wait(0.2)
     assert both.cluster.heads()[0].beat == beat
     assert _renews(both.paired, lease)  # who did not ask was not refused either: no alarm for a slow step
+
+
+@pytest.mark.parametrize("verb", ["open", "check", "close"])
+def test_a_slow_cluster_does_not_make_the_owner_look_hung_here(
+    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog kills who does not renew for five seconds; an API server may take so long for one answer."""
+    both, slow = Both(tmp_path), threading.Event()
+    lease = a_lease() if verb == "open" else both.paired.open(a_lease())
+    real = getattr(both.cluster, verb)
+
+    def late(*arguments: Any) -> Any:
+        slow.wait(5.0)
+        return real(*arguments)
+
+    monkeypatch.setattr(both.cluster, verb, late)
+    arguments = {"open": (lease,), "check": (lease,), "close": (lease, ("clean",))}[verb]
+    worker = threading.Thread(target=getattr(both.paired, verb), args=arguments)
+    worker.start()
+    until(lambda: both.local.is_open(lease.id))
+    beat = both.local.beat(lease.id)
+    until(lambda: both.local.beat(lease.id) >= beat + 2, within=2.0)
+    slow.set()
+    worker.join()
+    assert both.local.is_open(lease.id) == (verb != "close")
+
+
+def test_a_cluster_that_never_answers_makes_the_owner_look_hung_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlchaos_dagster.engine.paired.ANSWERS_S", 0.1)
+    both, never = Both(tmp_path), threading.Event()
+    monkeypatch.setattr(both.cluster, "open", lambda lease: never.wait(2.0) and lease)
+    worker = threading.Thread(target=both.paired.open, args=(a_lease(),))
+    worker.start()
+    threading.Event().wait(0.4)
+    beat = both.local.beat("mlchaos-a")
+    threading.Event().wait(0.2)
+    assert both.local.beat("mlchaos-a") == beat
+    never.set()
+    worker.join()
 
 
 def test_taken_over_in_the_cluster_ends_the_run(tmp_path: Path) -> None:

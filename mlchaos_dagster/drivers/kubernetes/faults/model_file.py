@@ -201,7 +201,8 @@ class ModelCorruption:
         if ref == frozen_ref:
             return found
         # What the service of the frozen pod would do with the file is not to be seen any more.
-        said = f"{frozen_ref.shown} is gone; its file is on the claim {before['mount']['claim']}, seen from {ref.shown}"
+        claim = text(before["mount"], "claim")
+        said = f"{frozen_ref.shown} is gone; its file is on the claim {claim}, seen from {ref.shown}"
         return Evidence(present=found.present, effective=False, lines=(said, *found.lines))
 
 
