@@ -37,6 +37,7 @@ _PATCH = {
     "json": "application/json-patch+json",
     "apply": "application/apply-patch+yaml",
 }
+_IN_A_NAMESPACE = re.compile(r"(?:/api/v1|/apis/[^/]+/[^/]+)/namespaces/([^/]+)/")
 _TLS_WORDS = ("CERTIFICATE_VERIFY_FAILED", "certificate")
 
 
@@ -88,8 +89,13 @@ class Permission:
     @property
     def rule(self) -> str:
         """The RBAC rule to add, on one line."""
+        return self.rule_of(self.verb)
+
+    def rule_of(self, *verbs: str) -> str:
+        """The same for several verbs."""
         where = f"Role in namespace {self.namespace}" if self.namespace else "ClusterRole"
-        return f'{where}: {{apiGroups: ["{self.group}"], resources: ["{self.resource}"], verbs: ["{self.verb}"]}}'
+        said = ", ".join(f'"{verb}"' for verb in verbs)
+        return f'{where}: {{apiGroups: ["{self.group}"], resources: ["{self.resource}"], verbs: [{said}]}}'
 
 
 class Cluster:
@@ -137,7 +143,12 @@ class Cluster:
         found: list[dict[str, Any]] = []
         query = {"limit": str(_PAGE), "labelSelector": labels, "fieldSelector": fields}
         while True:
-            page = self._json("GET", path, {k: v for k, v in query.items() if v})
+            try:
+                page = self._json("GET", path, {k: v for k, v in query.items() if v})
+            except NotFound:
+                if self._gone_around(path):
+                    return [], ""
+                raise
             found += items(page, "items")
             query["continue"] = text(page, "metadata", "continue")
             if not query["continue"]:
@@ -349,11 +360,32 @@ class Cluster:
     def _json(
         self, method: str, path: str, query: Mapping[str, str], body: Any = None, content_type: str = "application/json"
     ) -> dict[str, Any]:
-        response = self._call(method, path, query, body, content_type)
+        try:
+            response = self._call(method, path, query, body, content_type)
+        except Forbidden as e:
+            if namespace := self._gone_around(path):
+                raise NotFound(f"namespace {namespace} is gone", 404, "NotFound") from e
+            raise
         try:
             return cast("dict[str, Any]", json.loads(response.data))
         finally:
             response.release_conn()
+
+    def _gone_around(self, path: str) -> str:
+        """The namespace that a path is in, when there is none of that name; else empty.
+
+        Rights that are bound in a namespace go with it: what was allowed there is refused then, and nothing is there.
+        """
+        found = _IN_A_NAMESPACE.match(path)
+        if found is None:
+            return ""
+        try:
+            self._call("GET", f"/api/v1/namespaces/{found[1]}", {}).release_conn()
+        except NotFound:
+            return found[1]
+        except DriverError:
+            pass
+        return ""
 
     def _call(
         self,

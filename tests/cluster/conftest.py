@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,9 @@ from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.engine.processes import current_owner
 from mlchaos_dagster.kube.client import Cluster, Site
 from mlchaos_dagster.kube.leases import KEPT, NOWHERE
+
+if TYPE_CHECKING:
+    from tests.cluster.rights import Rights
 
 HERE = Path(__file__).parent
 HELPER_IMAGE = os.environ.get("MLCHAOS_TEST_IMAGE", "local/mlchaos:1")
@@ -59,8 +62,8 @@ def eventually(look: Callable[[], Any], within: float = 30.0, every: float = 0.1
 
 
 @pytest.fixture(scope="session")
-def kubeconfig() -> str:
-    """Path of the kubeconfig; these tests are only run where there is one (`make test-cluster`)."""
+def admin_kubeconfig() -> str:
+    """The observer's; these tests are only run where there is one (`make test-cluster`)."""
     path = os.environ.get("KUBECONFIG", "")
     if not path:
         pytest.fail("KUBECONFIG is not set: make test-cluster KUBECONFIG=…")
@@ -68,7 +71,30 @@ def kubeconfig() -> str:
 
 
 @pytest.fixture(scope="session")
-def context(kubeconfig: str) -> str:
+def rights(admin_kubeconfig: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rights | None]:
+    """The account that our client works with: it may what `manifests/rbac` allows. None with `RIGHTS=admin`."""
+    if os.environ.get("RIGHTS") == "admin":
+        yield None
+        return
+    from tests.cluster.rights import Rights
+
+    found = Rights(tmp_path_factory.mktemp("rights"))
+    try:
+        yield found
+    finally:
+        found.remove()
+
+
+@pytest.fixture(scope="session")
+def kubeconfig(admin_kubeconfig: str, rights: Rights | None) -> str:
+    """Path of the kubeconfig of our client."""
+    path = str(rights.kubeconfig) if rights else admin_kubeconfig
+    os.environ["MLCHAOS_TEST_OURS"] = path  # for programs of the tests that are processes of their own
+    return path
+
+
+@pytest.fixture(scope="session")
+def context(admin_kubeconfig: str) -> str:
     """The current context: tests use that and no other."""
     return kubectl("config", "current-context").strip()
 
@@ -80,12 +106,14 @@ def cluster(kubeconfig: str, context: str) -> Cluster:
 
 
 @pytest.fixture
-def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace that opted in, gone afterwards."""
+def namespace(cluster: Cluster, rights: Rights | None) -> Iterator[str]:
+    """A namespace that opted in and where our client has its rights, gone afterwards."""
     name = f"mlchaos-test-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
     kubectl("label", "namespace", name, "mlchaos.dev/allow=true", "mlchaos.dev/test=true")
     try:
+        if rights:
+            rights.admit(name)
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=false", check=False)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -48,7 +49,7 @@ def new_lease(driver: KubernetesDriver, kind: str, select: str, lease_id: str, d
 
 
 def main(namespace: str, context: str, kind: str, select: str, lease_id: str, *flags: str) -> None:
-    cluster = Cluster(context)
+    cluster = Cluster(context, os.environ.get("MLCHAOS_TEST_OURS", ""))
     driver = KubernetesDriver.at(cluster, Kubernetes(context=context, namespace=namespace, control_namespace=namespace))
     ledger = ClusterLedger(cluster, namespace, SystemClock())
     lease = ledger.open(new_lease(driver, kind, select, lease_id))

@@ -29,8 +29,9 @@ def ledger(site: Site) -> ClusterLedger:
 
 
 @pytest.fixture
-def line(tmp_path: Path, namespace: str, context: str, kubeconfig: str) -> CommandLine:
-    written = environment(namespace, context, kubeconfig)
+def line(tmp_path: Path, namespace: str, context: str, admin_kubeconfig: str) -> CommandLine:
+    """As who installed it: `clean` looks for what is ours in every kind of object."""
+    written = environment(namespace, context, admin_kubeconfig)
     written["kubernetes"]["sweeper_ttl"] = "2s"
     return CommandLine(tmp_path, written)
 
