@@ -139,9 +139,12 @@ def wrong(namespace: str, node: str) -> list[str]:
     return found
 
 
-def shows_effect(seen: list[str]) -> bool:
-    """More than the lease's own objects."""
-    return any(not x.startswith(("Lease", "Secret", "ConfigMap")) for x in seen)
+def shows_effect(seen: list[str], fault: str) -> bool:
+    """A lease, and more than its own objects: helpers look at a pod before there is a fault in it, too."""
+    effect = [x for x in seen if not x.startswith(("Lease", "Secret", "ConfigMap"))]
+    if fault == "model_corruption":
+        effect = [x for x in effect if x.endswith("is changed")]
+    return bool(effect) and any(x.startswith("Lease") for x in seen)
 
 
 # -- the surroundings --------------------------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:
     said = ""
     try:
         on: list[str] = []
-        while run.poll() is None and not shows_effect(on := place.watched()):
+        while run.poll() is None and not shows_effect(on := place.watched(), fault):
             time.sleep(0.2)
         if fault == "container_kill" and run.poll() is None:
             time.sleep(1)
