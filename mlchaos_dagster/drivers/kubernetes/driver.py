@@ -12,6 +12,7 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Kubernetes, Target
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.kubernetes import actions, preflight
+from mlchaos_dagster.drivers.kubernetes.beside import beside
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.drivers.kubernetes.handler import Handler, Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step, no_step
@@ -115,7 +116,7 @@ class KubernetesDriver:
                 "cluster": site.cluster.identity(),
                 "options": site.options.model_dump(mode="json"),
                 "target": target.model_dump(mode="json", include={"select", "kubernetes"}),
-                "fault": _handler(kind).undo(site, request, step),
+                "fault": beside(lambda told: _handler(kind).undo(site, request, told), step),
             }
         except ApiRefused as e:
             raise DriverError(str(e), driver=NAME, verb="undo") from e
@@ -124,7 +125,8 @@ class KubernetesDriver:
         """See the handler."""
         site = self._of(lease, "inject")
         try:
-            _handler(lease.kind).inject(site, _injection(lease), step)
+            chosen, injection = _handler(lease.kind), _injection(lease)
+            beside(lambda told: chosen.inject(site, injection, told), step)
         except InjectFailed:
             raise
         except DriverError as e:
@@ -134,7 +136,8 @@ class KubernetesDriver:
         """See the handler."""
         site = self._of(lease, "recover")
         try:
-            _handler(lease.kind).recover(site, _injection(lease), step)
+            chosen, injection = _handler(lease.kind), _injection(lease)
+            beside(lambda told: chosen.recover(site, injection, told), step)
         except RecoverFailed:
             raise
         except DriverError as e:
