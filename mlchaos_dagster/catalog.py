@@ -13,7 +13,13 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from mlchaos_dagster.domain.checks import check_dependency, check_environment, check_experiment, check_suite
+from mlchaos_dagster.domain.checks import (
+    check_dependency,
+    check_environment,
+    check_experiment,
+    check_suite,
+    is_offered,
+)
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.nodes import MAX_BYTES
 from mlchaos_dagster.domain.parsing import (
@@ -395,8 +401,8 @@ def _check(catalog: Catalog, environment: Environment | None, paths: Sequence[Pa
 
 
 def _for_another(experiment: Experiment, here: Environment, every: Iterable[Environment]) -> bool:
-    """Whether the experiment's target or fault is not to be had here, and some other environment can run it."""
-    if experiment.target in here.targets and here.backend_for(experiment.fault.kind) is not None:
+    """Whether something that the experiment names is not to be had here, and some other environment can run it."""
+    if is_offered(experiment, here):
         return False
     return any(not check_experiment(experiment, other) for other in every if other.name != here.name)
 

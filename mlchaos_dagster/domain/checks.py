@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from mlchaos_dagster.domain.environment import VALUE_MEASURES, Environment
-from mlchaos_dagster.domain.faults import ON_LINKS
+from mlchaos_dagster.domain.faults import ON_LINKS, ON_OBJECTS
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
 from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
@@ -94,6 +94,27 @@ def check_dependency(
     return [Problem(where, one_line(f"depends_on: {what}"))]
 
 
+def is_offered(experiment: Experiment, environment: Environment) -> bool:
+    """Whether the environment has all that the experiment names: target, fault for it, SLIs and signals."""
+    slis = {x.sli for x in (*experiment.steady_state, *experiment.abort, *experiment.expect) if x.sli is not None}
+    signals = {x.signal for x in experiment.expect if x.signal is not None}
+    return (
+        experiment.target in environment.targets
+        and environment.backend_for(experiment.fault.kind) is not None
+        and fits_objects(experiment, environment)
+        and slis <= set(environment.slis)
+        and signals <= set(environment.signals)
+    )
+
+
+def fits_objects(experiment: Experiment, environment: Environment) -> bool:
+    """Whether the target is of a kind that the fault hits; true where it is no object of a cluster."""
+    kind, target = experiment.fault.kind, environment.targets.get(experiment.target)
+    if target is None or environment.backend_for(kind) != "kubernetes":
+        return True
+    return target.kubernetes.kind in ON_OBJECTS.get(kind, ("Pod",))
+
+
 class _Found:
     def __init__(self, experiment: Experiment, environment: Environment, parsed: Parsed[Experiment] | None) -> None:
         self.experiment, self.environment, self.parsed = experiment, environment, parsed
@@ -118,6 +139,15 @@ class _Found:
             )
         elif self.environment.sandbox is not None and self.experiment.target in self.environment.targets:
             self._fits(kind)
+        elif not fits_objects(self.experiment, self.environment):
+            name, targets = self.experiment.target, self.environment.targets
+            allowed = ON_OBJECTS.get(kind, ("Pod",))
+            fitting = [n for n, t in targets.items() if t.kubernetes.kind in allowed and t.s3 is None]
+            self.add(
+                ("fault", "kind"),
+                f"{kind} is not for a {targets[name].kubernetes.kind}, which {name} is in environment "
+                f"{self.environment.name}. Allowed with {kind}: target {', '.join(fitting) or '(there is none)'}.",
+            )
 
     def _fits(self, kind: str) -> None:
         """In the sandbox some faults need links, and the others processes."""

@@ -362,6 +362,16 @@ FAULTS: dict[str, type[FaultBase]] = {
 }
 """Kind → class."""
 
+ON_OBJECTS: dict[str, tuple[str, ...]] = {
+    "scale_to_zero": ("Deployment", "StatefulSet"),
+    "node_drain": ("Node",),
+    "zone_failure": ("Node",),
+    "credential_rotation": ("Secret",),
+    "certificate_rotation": ("Secret",),
+    "gpu_memory_hog": ("Pod", "Node"),
+}
+"""Kind → kinds of Kubernetes objects that it hits; all others hit pods."""
+
 ON_LINKS = frozenset(
     {
         "network_latency",

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlchaos_dagster.catalog import SHIPPED, Catalog
+from mlchaos_dagster.domain.faults import ON_OBJECTS
+from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.errors import SpecError
 
 from .test_parsing import GOOD
@@ -109,6 +111,38 @@ def test_what_only_another_environment_runs_is_no_problem_here_and_what_none_run
     assert any("there" in note and note.startswith("for other environments") for note in checked.notes)
     named = catalog.check(catalog.environment("sandbox"), [root / "experiments" / "there.yaml"])
     assert len(named.problems) == 2  # who names the file means it here: the target and the fault
+
+
+@pytest.mark.parametrize("change", ["sli: latency_p95", "signal: ready_replicas"])
+def test_what_is_measured_only_elsewhere_is_a_note_and_what_nobody_measures_a_problem(
+    tmp_path: Path, change: str
+) -> None:
+    word, _, old = change.partition(" ")
+    elsewhere = {"sli:": "audit_intact", "signal:": "isolated_replicas"}[word]
+    texts = {n: GOOD.replace("name: serving-pod-failure", f"name: {n}") for n in ("there", "nowhere")}
+    there = texts["there"].replace(f"{word} {old}, below: 300ms", f"{word} {elsewhere}, at_least: 1")
+    root = library(
+        tmp_path,
+        there=there.replace(change, f"{word} {elsewhere}"),
+        nowhere=texts["nowhere"].replace(change, f"{word} zebra"),
+    )
+    catalog = Catalog([root])
+    checked = catalog.check(catalog.environment("cluster"))
+    assert {p.where.split(":")[0].rsplit("/", 1)[-1] for p in checked.problems} == {"nowhere.yaml"}
+    assert any("there" in note and note.startswith("for other environments") for note in checked.notes)
+
+
+def test_a_fault_that_is_not_for_that_kind_of_object_is_found_without_asking_the_cluster() -> None:
+    catalog = Catalog()
+    (path,) = [p for p in catalog.files() if p.name == "zone-failure.yaml"]
+    (problem,) = catalog.check(catalog.environment("cluster"), [path]).problems
+    assert "pod_failure is not for a Node, which zone-b is in environment cluster" in str(problem)
+
+
+def test_which_objects_a_fault_hits_is_what_its_handler_says() -> None:
+    for kind in PLACES:
+        assert {k.lower() for k in ON_OBJECTS.get(kind, ("Pod",))} == handler(kind).kinds, kind
+    assert ON_OBJECTS.keys() <= PLACES.keys()
 
 
 def test_a_library_that_is_not_there() -> None:
