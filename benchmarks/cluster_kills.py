@@ -68,7 +68,9 @@ class Trial:
     on: list[str]
     """What the observer saw of the fault before the kill."""
     clean_s: float | None
-    """Kill → nothing wrong is seen any more; None: not in time."""
+    """Kill → no part of the fault is seen any more; None: not in time."""
+    bare_s: float | None = None
+    """Kill → no helper of it runs any more, either: agents answer for a while after their fault is over."""
     left: list[str] = field(default_factory=list)
     last: list[str] = field(default_factory=list)
     """What was seen last."""
@@ -98,7 +100,7 @@ def in_the_pod(pod: dict[str, Any]) -> Iterator[str]:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if "mlchaos" in words:
-                yield f"{name}: process {words[:60]}"
+                yield f"{name}: process {words[:90]}"
             if not rules:
                 rules = True
                 said = subprocess.run(
@@ -139,9 +141,16 @@ def wrong(namespace: str, node: str) -> list[str]:
     return found
 
 
+def idle(seen: list[str]) -> bool:
+    """Whether there are but helpers without a fault."""
+    return all(" runs" in x or ("process " in x and "agent.network" in x) for x in seen)
+
+
 def shows_effect(seen: list[str], fault: str) -> bool:
     """A lease, and more than its own objects: helpers look at a pod before there is a fault in it, too."""
     effect = [x for x in seen if not x.startswith(("Lease", "Secret", "ConfigMap"))]
+    if fault == "container_kill":  # over as soon as it is made
+        return bool(seen)
     if fault == "model_corruption":
         effect = [x for x in effect if x.endswith("is changed")]
     return bool(effect) and any(x.startswith("Lease") for x in seen)
@@ -310,21 +319,22 @@ def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:
         on: list[str] = []
         while run.poll() is None and not shows_effect(on := place.watched(), fault):
             time.sleep(0.2)
-        if fault == "container_kill" and run.poll() is None:
-            time.sleep(1)
-        if run.poll() is not None and fault != "container_kill":
+        if run.poll() is not None:
             said = words(log, start)
             return Trial(victim, fault, [], None, skipped=f"exit {run.returncode}: {said}", said=said)
         time.sleep(rng.uniform(0, 6))
         killed = time.monotonic()
         kill(place, victim, run, rng)
-        clean_s, left, last, lasting = None, ["not looked"], killed, list[str]()
+        clean_s, bare_s, left, lasting = None, None, ["not looked"], list[str]()
+        last = last_fault = killed
         while time.monotonic() < killed + CLEAN_WITHIN_S:
-            left = place.watched()
+            left, now = place.watched(), time.monotonic()
             if left:
-                last, lasting = time.monotonic(), left
-            elif victim in ALONE or run.poll() is not None:
-                clean_s = last - killed
+                last, lasting = now, left
+            if not idle(left):
+                last_fault = now
+            elif not left and (victim in ALONE or run.poll() is not None):
+                clean_s, bare_s = last_fault - killed, last - killed
                 break
             time.sleep(0.3)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -338,7 +348,7 @@ def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:
         run.wait()
     # What the state directory of a killed run still owes is closed by hand, as a person would.
     place.line("recover")
-    return Trial(victim, fault, on, clean_s, left, lasting, run.returncode, said)
+    return Trial(victim, fault, on, clean_s, bare_s, left, lasting, run.returncode, said)
 
 
 def words(log: Path, start: int) -> str:

@@ -76,21 +76,31 @@ class Stage:
         )
         return CommandLine(self.root / name, written, *map(experiment, FAULTS))
 
-    def wrong(self) -> list[str]:
+    def fault(self) -> list[str]:
         """What of a fault there is, as kubectl sees it."""
         found = [f"Lease {x}" for x in open_leases(self.namespace)]
         for pod in objects("pods", self.namespace, self.select):
-            meta = pod["metadata"]
-            if "mlchaos.dev/lease" in meta.get("annotations", {}):
-                found.append(f"{meta['name']} is marked")
-            running = [
-                s["name"]
-                for s in pod["status"].get("ephemeralContainerStatuses", [])
-                if "running" in s.get("state", {})
-            ]
-            found += [f"{meta['name']}: {x} runs" for x in running if not meta.get("deletionTimestamp")]
+            if "mlchaos.dev/lease" in pod["metadata"].get("annotations", {}):
+                found.append(f"{pod['metadata']['name']} is marked")
         secrets = objects("secrets", self.namespace, "mlchaos.dev/component=undo")
         return found + [f"Secret {x['metadata']['name']}" for x in secrets]
+
+    def helpers(self) -> list[str]:
+        """Containers of ours that run in the pods; for a while after their fault they still answer."""
+        return [
+            f"{pod['metadata']['name']}: {status['name']} runs"
+            for pod in pods(self.namespace, self.select)
+            for status in pod["status"].get("ephemeralContainerStatuses", [])
+            if "running" in status.get("state", {})
+        ]
+
+    def is_clean(self, within: float) -> None:
+        """Nothing of the fault within so many seconds, nothing of ours a little later."""
+        end = time.monotonic() + within
+        while found := self.fault():
+            assert time.monotonic() < end, f"left behind: {found}"
+            time.sleep(0.2)
+        eventually(lambda: not self.helpers(), 30)
 
 
 class Running:
@@ -168,7 +178,7 @@ def test_the_api_server_is_out_of_reach_for_twenty_seconds(
     print(f"{kind}: over {time.monotonic() - back:.1f} s after the return, exit {code}")  # noqa: T201
     assert code == ABORTED, run.said[-1500:]
     one_clear_line(run, "ABORTED", r"proven clean")
-    eventually(lambda: not stage.wrong(), 5)
+    stage.is_clean(5)
     eventually(lambda: all_ready(stage.namespace, stage.select, REPLICAS), 40)
 
 
@@ -187,7 +197,7 @@ def test_the_api_server_is_killed_and_comes_back(stage: Stage, runs: list[Runnin
     print(f"over {time.monotonic() - back:.1f} s after the return, exit {code}")  # noqa: T201
     assert code == ABORTED, run.said[-1500:]
     one_clear_line(run, "ABORTED", "proven clean")
-    eventually(lambda: not stage.wrong(), 10)
+    stage.is_clean(10)
 
 
 def _api_server() -> int:
@@ -230,7 +240,7 @@ def _left_to_the_sweeper(stage: Stage, run: Running, code: int) -> None:
     assert code in (ABORTED, UNCLEAN), run.said[-1500:]
     if code == UNCLEAN:
         one_clear_line(run, "UNCLEAN", "mlchaos recover")
-    eventually(lambda: not stage.wrong(), 30)
+    stage.is_clean(30)
     eventually(lambda: all_ready(stage.namespace, stage.select, REPLICAS), 40)
 
 
@@ -241,7 +251,7 @@ def test_the_token_is_revoked(stage: Stage, runs: list[Running], identity: str, 
     runs.append(run)
     kubectl("delete", "secret", "bound", "-n", stage.namespace)
     gone = time.monotonic()
-    eventually(lambda: not stage.wrong(), 60)
+    stage.is_clean(60)
     print(f"{kind}: clean {time.monotonic() - gone:.1f} s after")  # noqa: T201
     code = run.over(90)
     print(f"exit {code} after {time.monotonic() - gone:.1f} s: {run.said[-700:]}")  # noqa: T201
@@ -267,7 +277,7 @@ def test_the_rights_are_withdrawn(stage: Stage, runs: list[Running], identity: s
     kubectl("delete", "rolebinding", "-n", stage.namespace, *bound)
     kubectl("delete", "clusterrolebinding", *everywhere)
     gone = time.monotonic()
-    eventually(lambda: not stage.wrong(), 60)
+    stage.is_clean(60)
     print(f"{kind}: clean {time.monotonic() - gone:.1f} s after")  # noqa: T201
     code = run.over(90)
     print(f"exit {code} after {time.monotonic() - gone:.1f} s: {run.said[-700:]}")  # noqa: T201
@@ -290,7 +300,7 @@ def test_the_targets_deployment_is_deleted(stage: Stage, runs: list[Running], ki
     assert code in (1, ABORTED, 5), run.said[-1500:]
     assert "HELD" not in run.said
     one_clear_line(run)
-    eventually(lambda: not stage.wrong(), 5)
+    stage.is_clean(5)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -305,7 +315,7 @@ def test_the_pods_are_replaced(stage: Stage, runs: list[Running], kind: str) -> 
     print(f"{kind}: exit {code}: {run.said[-500:]}")  # noqa: T201
     assert code in (1, ABORTED, 5), run.said[-1500:]
     one_clear_line(run, "gone|replaced")
-    eventually(lambda: not stage.wrong(), 5)
+    stage.is_clean(5)
     eventually(lambda: all_ready(stage.namespace, stage.select, REPLICAS), 60)
 
 
@@ -361,10 +371,10 @@ def test_of_two_runs_for_one_target_one_is_refused(stage: Stage) -> None:
     print(codes, [s[-400:] for s in said])  # noqa: T201
     assert codes.count(3) == 1, said
     refused = said[codes.index(3)]
-    assert " injected" not in refused
+    assert "Nothing was injected" in refused
     assert re.search(r"mlchaos-out-pod-failure-[0-9a-f]+", refused), refused
-    assert [" injected" in s for s in said].count(True) == 1
-    assert stage.wrong() == []
+    assert [bool(re.search(r"\d s injected", s)) for s in said].count(True) == 1
+    stage.is_clean(2)
 
 
 @pytest.mark.req("R0-10")
@@ -380,7 +390,7 @@ def test_the_sweeper_is_killed_and_the_run_goes_on(stage: Stage, runs: list[Runn
         assert code == 0, said
     assert run.over(60) == ABORTED
     one_clear_line(run, "stop request|heartbeat")
-    eventually(lambda: not stage.wrong(), 5)
+    stage.is_clean(5)
 
 
 @pytest.mark.req("R0-10")
@@ -392,4 +402,4 @@ def test_the_sweeper_stays_away_and_the_run_aborts(stage: Stage, runs: list[Runn
     assert run.over(60) == ABORTED
     print(f"over {time.monotonic() - gone:.1f} s after")  # noqa: T201
     one_clear_line(run, "a heartbeat was lost: the sweeper in namespace", "kubectl apply -k", "proven clean")
-    eventually(lambda: not stage.wrong(), 5)
+    stage.is_clean(5)
