@@ -309,7 +309,7 @@ def kill(place: Place, victim: str, run: subprocess.Popen[bytes], rng: random.Ra
 
 def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:
     """Start a run, wait until its fault is seen, kill, wait until nothing is wrong and the run is over."""
-    eventually(place.well, 180, 0.5)
+    eventually(place.well, 180, 1.0)
     assert not (before := place.watched()), before
     log = place.line.home / "run.log"
     start = log.stat().st_size if log.exists() else 0
@@ -318,7 +318,7 @@ def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:
     try:
         on: list[str] = []
         while run.poll() is None and not shows_effect(on := place.watched(), fault):
-            time.sleep(0.2)
+            time.sleep(0.5)
         if run.poll() is not None:
             said = words(log, start)
             return Trial(victim, fault, [], None, skipped=f"exit {run.returncode}: {said}", said=said)
@@ -336,7 +336,7 @@ def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:
             elif not left and (victim in ALONE or run.poll() is not None):
                 clean_s, bare_s = last_fault - killed, last - killed
                 break
-            time.sleep(0.3)
+            time.sleep(0.7)
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(60)
         if run.poll() is None:
