@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from mlchaos_dagster.domain.environment import Environment, Target
 from mlchaos_dagster.drivers.kubernetes import leftovers, preflight
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.drivers.kubernetes.handler import Request
+from mlchaos_dagster.drivers.kubernetes.leftovers import Leftover
 from mlchaos_dagster.errors import ConfigError, DriverError
 from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.address import connect
@@ -24,6 +25,7 @@ OLDEST = (1, 28)
 """Of the API versions that are used; ephemeral containers and policy/v1 are older."""
 SWEEPER = "mlchaos-sweeper"
 LEVER = "mlchaos-lever"
+_MOST_TOLD = 5
 _HEART_S = 6.0
 """Two of the sweeper's beats and a little more."""
 
@@ -149,10 +151,27 @@ def _left_behind(site: Site, environment: Environment) -> Iterator[Point]:
         help = f"mlchaos clean -e {environment.name} --dry-run, as who may look into every namespace"
         yield Point("left behind", "optional", f"only who may look everywhere can tell: {e}", help)
         return
-    for left in found:
-        yield Point("left behind", "missing", left.shown, f"mlchaos clean -e {environment.name}")
-    if not found:
+    known, lost = _lost(found)
+    if lost:  # a run may have begun or ended while all that was read
+        again = _lost(list(leftovers.find(site.cluster)))
+        known, lost = known | again[0], [left for left in again[1] if left in lost]
+    if known:
+        saw = f"{len(known)}, of runs that live or that the sweeper is about to clean up after"
+        yield Point("open leases", "ok", saw)
+    for left in lost[:_MOST_TOLD]:
+        yield Point("left behind", "missing", left.shown, f"mlchaos clean -e {environment.name} --dry-run")
+    if len(lost) > _MOST_TOLD:
+        help = f"mlchaos clean -e {environment.name} --dry-run"
+        yield Point("left behind", "missing", f"and {len(lost) - _MOST_TOLD} more", help)
+    if not lost:
         yield Point("left behind", "ok", "nothing of any experiment")
+
+
+def _lost(found: Iterable[Leftover]) -> tuple[set[str], list[Leftover]]:
+    """(ids of open leases, what belongs to none of them); what belongs to the installation is neither."""
+    ours = [left for left in found if left.lease]
+    known = {left.lease for left in ours if left.is_lease}
+    return known, [left for left in ours if not leftovers.is_of(left, known)]
 
 
 def _on_cluster(environment: Environment) -> dict[str, Target]:

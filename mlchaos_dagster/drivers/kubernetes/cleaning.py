@@ -97,7 +97,7 @@ class Cleaner:
                 if self._asked(found):
                     yield Row(found.shown, "left", self._whose(found))
         for found in everything:
-            if self._asked(found) and found.lease not in told | known and not _of(found, told):
+            if self._asked(found) and found.lease not in told | known and not leftovers.is_of(found, told):
                 for row in self._one(found):
                     if row.action == "failed" and found.lease:
                         told.add(found.lease)
@@ -171,11 +171,6 @@ class Cleaner:
                 return False
             self.clock.sleep(0.2)
         return True
-
-
-def _of(found: Leftover, leases: set[str]) -> bool:
-    """Whether a helper container belongs to one of these leases: its name ends with a part of the id."""
-    return found.how == "helper" and any(lease.endswith(found.lease.rpartition("-")[2]) for lease in leases)
 
 
 def _lost(lease_id: str, kind: str, ref: Ref) -> Lease:

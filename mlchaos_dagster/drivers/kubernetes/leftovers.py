@@ -5,9 +5,12 @@ Knows no lease file and no ledger: it finds what they lost, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from mlchaos_dagster.agent.network_plan import short_name
+from mlchaos_dagster.drivers.kubernetes.faults.model_file import helper_prefix
 from mlchaos_dagster.kube.client import ApiRefused, Cluster
 from mlchaos_dagster.kube.labels import COMPONENT, LEASE, OPT_IN, OURS_SELECTOR
 from mlchaos_dagster.kube.objects import Object, items, text, words
@@ -15,6 +18,8 @@ from mlchaos_dagster.kube.refs import PATHS, collection
 
 HELPER_PREFIX = "mlchaos-"
 """Of the names of ephemeral containers."""
+_EXTRA = re.compile(r"-c?\d{1,2}$")
+"""What a second container of a lease in the same pod has more."""
 _MARKED = ("pod", "deployment", "statefulset", "secret")
 """Namespaced kinds that a fault changes in place."""
 _SHADOWS = frozenset(
@@ -63,6 +68,18 @@ def find(cluster: Cluster) -> Iterator[Leftover]:
     ours = sorted(_labelled(cluster))
     yield from (o for o in ours if o.lease)
     yield from (o for o in ours if not o.lease)
+
+
+def is_of(found: Leftover, leases: Collection[str]) -> bool:
+    """Whether it belongs to one of these leases. (`lease` of a helper is its container's name, made from the id.)"""
+    if found.how == "helper":
+        return _EXTRA.sub("", found.lease) in {name for lease in leases for name in _helpers(lease)}
+    return found.lease in leases
+
+
+def _helpers(lease: str) -> tuple[str, ...]:
+    """Names of the helper containers of a lease, without their numbers: kill, network, files."""
+    return (lease, f"{HELPER_PREFIX}{short_name(lease)}", helper_prefix(lease).rstrip("-"))
 
 
 def _labelled(cluster: Cluster) -> Iterator[Leftover]:

@@ -235,14 +235,15 @@ def _seen_from_helper(before: dict[str, Any]) -> str:
     return f"{_VOLUME}{before['mount']['below']}"
 
 
-def _prefix(lease_id: str) -> str:
+def helper_prefix(lease_id: str) -> str:
+    """Of the names of a lease's helper containers; a number follows."""
     return f"mlchaos-file-{hashlib.sha256(lease_id.encode()).hexdigest()[:10]}-"
 
 
 def _running_helper(pod: Object | None, ref: Ref, lease_id: str) -> str:
     """Name of the lease's helper that runs now; empty: none does."""
     names = [text(c, "name") for c in items(pod, "spec", "ephemeralContainers")]
-    return next((n for n in names if n.startswith(_prefix(lease_id)) and is_running(pod, ref, n)), "")
+    return next((n for n in names if n.startswith(helper_prefix(lease_id)) and is_running(pod, ref, n)), "")
 
 
 def _helper(site: Site, injection: Injection, ref: Ref, before: dict[str, Any]) -> str:
@@ -254,7 +255,7 @@ def _helper(site: Site, injection: Injection, ref: Ref, before: dict[str, Any]) 
     lease_id, pod = injection.lease.id, frozen.read(site, ref)
     if running := _running_helper(pod, ref, lease_id):
         return running
-    name = f"{_prefix(lease_id)}{len(items(pod, 'spec', 'ephemeralContainers'))}"
+    name = f"{helper_prefix(lease_id)}{len(items(pod, 'spec', 'ephemeralContainers'))}"
     container = container_of(pod, before["container"]) or Object()
     uid, gid = before["user"]
     helper = {
