@@ -196,7 +196,50 @@ def environment_free(run: Run) -> GuardResult:
                 saw=f"{other.experiment} runs here (run {other.run_id[:8]}, {PHASE_WORDS.get(other.phase, other.phase)}): each would measure the other's fault",
                 needs="another try in a few seconds" if other.phase == ENDED else "that run to end",
             )
+    if said := occupied(run):
+        return GuardResult(name="environment free", passed=False, saw=said, needs="that run to end")
     return GuardResult(name="environment free", passed=True, saw="no other run here")
+
+
+def occupied(run: Run) -> str:
+    """Who else makes a fault in this environment, as the ledger of its cluster says; empty: nobody.
+
+    Raises:
+        StoreError: it does not say.
+    """
+    elsewhere = getattr(run.kit.ledger, "elsewhere", None)
+    for lease in elsewhere() if elsewhere is not None else ():
+        if lease.environment == run.environment.name and lease.run_id != run.run_id:
+            where = lease.owner.host or "another machine"
+            return f"{lease.experiment} runs here (run {lease.run_id[:8]}, from {where}): each would measure the other's fault"
+    return ""
+
+
+def changed_since(run: Run) -> str:
+    """What is no longer as the guards saw it, a whole baseline ago, when the fault is about to be made; empty: nothing.
+
+    Raises:
+        DriverError: the backend did not answer.
+    """
+    again = getattr(run.kit.driver, "recheck", None)
+    if again is None:
+        return ""
+    target = run.environment.targets[run.experiment.target]
+    existing = run.kit.driver.resolve(target)
+    if missing := sorted(set(run.targets) - set(existing)):
+        return f"not there any more: {listed(missing, 10)}"
+    try:
+        most = run.experiment.blast_radius.take(len(existing))
+    except ValueError as e:
+        return str(e)
+    limit = run.environment.limits.max_fraction
+    if len(run.targets) > most or len(run.targets) / len(existing) > limit + 1e-9:
+        return (
+            f"{len(existing)} targets are there now, {len(run.existing)} were: {len(run.targets)} of them are too many"
+        )
+    fault = run.experiment.fault
+    objections: tuple[Objection, ...] = again(fault.kind, run.targets, existing, fault.params(), target=target)
+    return "; ".join(f"{o.saw} (needed: {o.needs})" for o in objections)
 
 
 def watcher_alive(run: Run) -> GuardResult:

@@ -143,6 +143,12 @@ class PairedLedger:
             guard = self.guard()
         return self.local.unreadable() + (() if guard is None else guard.unreadable())
 
+    def elsewhere(self) -> tuple[Lease, ...]:
+        """Open leases of the run's own cluster, of whatever machine. Raises StoreError: that does not tell."""
+        with _as_store_error():
+            guard = self.guard()
+            return () if guard is None else guard.leases()
+
     def stub(self, path: Path | str) -> Lease | None:
         """As the files' ledger."""
         return self.local.stub(path)

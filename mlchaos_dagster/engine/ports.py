@@ -129,6 +129,16 @@ class Careful(Protocol):
         ...
 
 
+class Rechecking(Careful, Protocol):
+    """A careful driver that looks once more right before the fault is made: at what may change during a baseline."""
+
+    def recheck(
+        self, kind: str, targets: tuple[str, ...], existing: tuple[str, ...], params: dict[str, Any], *, target: Target
+    ) -> tuple[Objection, ...]:
+        """As `preflight`, within a second; `existing` as of now."""
+        ...
+
+
 class Acting(Protocol):
     """A driver that also takes rollback actions: `undo`, `inject`, `recover` and `active` take their kinds, too."""
 

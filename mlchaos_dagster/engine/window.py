@@ -21,6 +21,7 @@ from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, Faul
 from mlchaos_dagster.engine.actions import Rollback
 from mlchaos_dagster.engine.active import RECOVERY
 from mlchaos_dagster.engine.degradation import Degradation
+from mlchaos_dagster.engine.guards import changed_since, occupied
 from mlchaos_dagster.engine.ports import Lease, Step
 from mlchaos_dagster.engine.watch import Tracker
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, LeaseRefused, MlChaosError, StoreError
@@ -100,6 +101,9 @@ def _write_lease(run: Run) -> Lease | None:
     lease_id = f"mlchaos-{run.experiment.name[:30]}-{uuid.uuid4().hex[:10]}"
     backup = kit.backups / lease_id
     try:
+        if said := changed_since(run):
+            run.refuse("target as chosen", said)
+            return None
         lease = Lease(
             id=lease_id,
             run_id=run.run_id,
@@ -122,7 +126,12 @@ def _write_lease(run: Run) -> Lease | None:
             deadline_wall=kit.clock.wall() + lifetime,
             owner=kit.owner,
         )
-        return kit.ledger.open(lease)
+        lease = kit.ledger.open(lease)
+        # Of two machines that open at the same time each sees the other's lease now: then neither begins.
+        if not (said := occupied(run)):
+            return lease
+        run.refuse("environment free", said)
+        kit.ledger.close(lease, (f"nothing was injected: {said}",))
     except Halted as e:
         assert run.abort is not None
         run.incident("abort", f"before the fault: {e}", cause=run.abort.cause)

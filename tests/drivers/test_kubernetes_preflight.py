@@ -223,3 +223,18 @@ def test_controllers_that_put_an_object_back_are_told_apart_from_people() -> Non
 )
 def test_selectors_as_the_api_reads_them(selector: dict[str, Any], fits: bool) -> None:
     assert preflight.selects(selector, {"app": "x"}) is fits
+
+
+def test_what_changed_during_the_baseline_is_seen_right_before_the_fault() -> None:
+    def again(cluster: Paper) -> list[str]:
+        site = Site(cast(Cluster, cluster), Kubernetes(context="x", namespace="ml"))
+        refs = tuple(Ref("pod", "ml", n, f"uid-{n}") for n in ("a", "b", "c"))
+        request = Request("pod_failure", refs[:1], refs, {}, Target(select="app=x", kubernetes=KubernetesObjects()))
+        return [o.saw for o in preflight.again(site, request)]
+
+    assert again(Paper(PODS)) == []
+    closed = Paper(PODS)
+    closed.places["/api/v1/namespaces/ml"]["metadata"]["labels"] = {}
+    assert again(closed) == ["namespace ml has not opted in to faults"]
+    assert "0 of the 2 pods" in again(Paper([pod("a"), pod("b", ready=False), pod("c", ready=False)]))[0]
+    assert "carries the fault" in again(Paper([pod("a", lease="x"), pod("b"), pod("c")]))[0]

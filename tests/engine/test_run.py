@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,26 @@ import pytest
 from sim import World, build
 
 from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.engine.ports import Lease, Objection, Owner
 from mlchaos_dagster.engine.run import run_experiment
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.judgement.verdict import judge
+
+TEMPLATE = Lease(
+    id="mlchaos-other",
+    run_id="",
+    experiment="other",
+    environment="",
+    driver="fake",
+    kind="pod_failure",
+    targets=("elsewhere-1",),
+    params={},
+    undo={},
+    duration_s=1.0,
+    opened_wall=0.0,
+    deadline_wall=1.0,
+    owner=Owner(pid=1, started=1.0, boot_id="b", host="another-host"),
+)
 
 
 def outcome(tmp_path: Path, world: World, **kwargs: Any):
@@ -309,3 +327,54 @@ def test_who_looks_late_has_not_measured_nothing(tmp_path: Path) -> None:
     verdict = judge(record, run.samples)
     assert not run.samples.gaps
     assert verdict.outcome is Outcome.HELD, verdict.reasons
+
+
+@pytest.mark.req("R2-03")
+@pytest.mark.parametrize(
+    ("left", "says", "saw"),
+    [
+        (("replica-1", "replica-2", "replica-3"), (), ""),
+        (("replica-1", "replica-2"), (), "not there any more"),
+        (("replica-3",), (), "too many"),
+        (("replica-1", "replica-2", "replica-3"), (Objection("it was closed", "an open one"),), "it was closed"),
+    ],
+)
+def test_what_changed_during_the_baseline_refuses_the_fault(
+    tmp_path: Path, left: tuple[str, ...], says: tuple[Objection, ...], saw: str
+) -> None:
+    world = World()
+    run = build(tmp_path, world, environment={"limits": {"max_fraction": "50%"}})
+    driver: Any = run.kit.driver
+    resolve, hit = driver.resolve, list[str]()
+    driver.recheck = lambda kind, targets, existing, params, *, target: says
+
+    # As the guards see it first; from then on what is left, by its place: the chosen one is the third.
+    def now(target: Any) -> tuple[str, ...]:
+        if not run.targets:
+            return resolve(target)
+        hit[:] = run.targets
+        others = [r for r in resolve(target) if r not in run.targets]
+        return tuple(run.targets[0] if name == "replica-3" else others.pop() for name in left)
+
+    driver.resolve = now
+    record = run_experiment(run)
+    assert bool(world.injections) == (not saw)
+    if saw:
+        assert record.guards[-1].name == "target as chosen" and saw in record.guards[-1].saw
+        assert not run.kit.ledger.leases()
+
+
+@pytest.mark.req("R2-03")
+@pytest.mark.parametrize("seen", ["guards", "when the lease is open"])
+def test_a_run_of_another_machine_in_this_environment_keeps_it_out(tmp_path: Path, seen: str) -> None:
+    world = World()
+    run = build(tmp_path, world)
+    other = replace(TEMPLATE, run_id="other-run", environment=run.environment.name)
+    ledger: Any = run.kit.ledger
+    ledger.elsewhere = lambda: (other,) if seen == "guards" or ledger.leases() else ()
+    record = run_experiment(run)
+    assert not world.injections and not ledger.leases()
+    assert record.guards[-1].name == "environment free" and "another-host" in record.guards[-1].saw
+    ledger.elsewhere = lambda: (replace(other, environment="elsewhere"), replace(other, run_id="run-2"))
+    run_experiment(build(tmp_path, world, run_id="run-2"))
+    assert world.injections

@@ -90,6 +90,16 @@ class KubernetesDriver:
         except ApiRefused as e:
             raise DriverUnavailable(str(e), driver=NAME, verb="preflight") from e
 
+    def recheck(
+        self, kind: str, targets: tuple[str, ...], existing: tuple[str, ...], params: dict[str, Any], *, target: Target
+    ) -> tuple[Objection, ...]:
+        """As `Rechecking.recheck`: opt-in, marks, pods that are left, budgets."""
+        site = self._reached("recheck")
+        try:
+            return tuple(preflight.again(site, Request(kind, _refs(targets), _refs(existing), params, target)))
+        except ApiRefused as e:
+            raise DriverUnavailable(str(e), driver=NAME, verb="recheck") from e
+
     def affected(self, kind: str, target: Target, params: dict[str, Any]) -> tuple[str, ...]:
         """As `Acting.affected`."""
         site = self._reached("affected")

@@ -45,6 +45,17 @@ def objections(site: Site, request: Request, handler: Handler) -> Iterator[Objec
     yield from handler.objections(site, request)
 
 
+def again(site: Site, request: Request) -> Iterator[Objection]:
+    """What may have changed since: a baseline lies between the guards and the fault."""
+    closed = list(_opted_in(site, request))
+    yield from closed
+    if not closed:
+        pods = _pods(site, request)
+        yield from _untouched(request, pods)
+        yield from _ready(site, request, pods)
+        yield from _budgets(site, request, pods)
+
+
 def permissions(request: Request, handler_permissions: Iterator[Permission]) -> set[Permission]:
     """Everything that a run with this fault asks of the API server before and during the fault."""
     spaces = sorted({ref.namespace for ref in request.refs if ref.namespace})
