@@ -54,19 +54,19 @@ class Rights:
         subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": self.home}
         found: list[dict[str, Any]] = []
         for one in self._found:
-            new: dict[str, Any] = {**one, "metadata": {"name": self._named(one["kind"], one["metadata"]["name"])}}
+            new: dict[str, Any] = {**one, "metadata": {"name": self._named(one["metadata"]["name"])}}
             if one in bindings:
                 reference = one["roleRef"]
                 new |= {"subjects": [subject]}
-                new["roleRef"] = {**reference, "name": self._named(reference["kind"], reference["name"])}
+                new["roleRef"] = {**reference, "name": self._named(reference["name"])}
             elif (one["kind"], one["metadata"]["name"]) not in roles:
                 continue
             if one["kind"] == kind:
                 found.append(new)
         return found
 
-    def _named(self, kind: str, name: str) -> str:
-        return f"{name}-{self.home}" if kind.startswith("Cluster") else name
+    def _named(self, name: str) -> str:
+        return f"{name}-{self.home}"  # also in a namespace: a test may install the shipped ones there
 
     def _config(self) -> dict[str, Any]:
         """The observer's kubeconfig with the account's token; the context keeps its name."""
