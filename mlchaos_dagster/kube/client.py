@@ -38,6 +38,10 @@ _PATCH = {
     "apply": "application/apply-patch+yaml",
 }
 _IN_A_NAMESPACE = re.compile(r"(?:/api/v1|/apis/[^/]+/[^/]+)/namespaces/([^/]+)/")
+_UPGRADE_S = 15.0
+"""Bound of every wait on an exec connection. A runtime without CPU takes seconds to start a command."""
+_ALWAYS_THERE = ("/api/v1/", "/apis/apps/v1/", "/apis/batch/v1/", "/apis/coordination.k8s.io/v1/", "/apis/policy/v1/")
+"""Paths that exist in every cluster."""
 _TLS_WORDS = ("CERTIFICATE_VERIFY_FAILED", "certificate")
 
 
@@ -297,15 +301,18 @@ class Cluster:
             query.append(("container", container))
         headers: dict[str, str] = {}
         try:
+            import websocket
+
+            websocket.setdefaulttimeout(_UPGRADE_S)  # it has no other way in; without one it waits for ever
             self._client().update_params_for_auth(headers, [], ["BearerToken"])
             url = cast(Any, ws_client).get_websocket_url(path, query)
             socket = cast(Any, ws_client).WSClient(self._configuration, url, headers, True)
         except Exception as e:
             code = int(getattr(e, "status", 0) or getattr(e, "status_code", 0) or 0)
             if code:
-                raise _refusal(code, {"message": _first_line(e)}, "CREATE", f"pods/exec of {namespace}/{pod}") from e
+                raise _refusal(code, {"message": _of_upgrade(e)}, "CREATE", f"pods/exec of {namespace}/{pod}") from e
             raise DriverUnavailable(
-                f"cannot run a command in {namespace}/{pod}: {_first_line(e)}", driver=NAME, verb="exec"
+                f"cannot run a command in {namespace}/{pod}: {_of_upgrade(e)}", driver=NAME, verb="exec"
             ) from e
         return ExecStream(socket, f"{namespace}/{pod}")
 
@@ -367,9 +374,15 @@ class Cluster:
                 raise NotFound(f"namespace {namespace} is gone", 404, "NotFound") from e
             raise
         try:
-            return cast("dict[str, Any]", json.loads(response.data))
+            found = json.loads(response.data)
+        except ValueError:
+            found = None
         finally:
             response.release_conn()
+        if not isinstance(found, dict):  # the login page of a proxy, say
+            said = f"{self.server} answers {method} {path} with no object: is it the API server?"
+            raise DriverUnavailable(said, driver=NAME, verb=method.lower())
+        return cast("dict[str, Any]", found)
 
     def _gone_around(self, path: str) -> str:
         """The namespace that a path is in, when there is none of that name; else empty.
@@ -416,7 +429,12 @@ class Cluster:
         except Exception as e:
             raise DriverUnavailable(self._words(e), driver=NAME, verb=method.lower()) from e
         if response.status >= 400:
-            raise _refusal(response.status, _status_of(response), method, path, response.headers.get("Retry-After", ""))
+            status = _status_of(response)
+            if response.status == 404 and not status.get("reason") and path.startswith(_ALWAYS_THERE):
+                # Of these every API server says what is missing. Somebody else's 404 must not read as: it is gone.
+                said = f"{self.server} does not know {path}: is it the API server?"
+                raise DriverUnavailable(said, driver=NAME, verb=method.lower())
+            raise _refusal(response.status, status, method, path, response.headers.get("Retry-After", ""))
         return response
 
     def _words(self, error: Exception) -> str:
@@ -638,6 +656,15 @@ def _why(status: str) -> str:
         return str(json.loads(status).get("message") or status)
     except ValueError:
         return status
+
+
+def _of_upgrade(error: Exception) -> str:
+    """Why no command was started: what the server said, without the command itself in the address (it is a program)."""
+    try:
+        said = str(json.loads(getattr(error, "resp_body", b"") or b"")["message"])
+    except (ValueError, KeyError, TypeError):
+        said = _first_line(error).partition(" -+-+- ")[0]
+    return re.sub(r"\?[^\s\"'?]*command=[^\s\"']*", "", said)[:300]
 
 
 def _first_line(error: BaseException) -> str:
