@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from mlchaos_dagster.cli.app import App, common, current, leave
+from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.targets import listed
 
 _FREE_MIB = 200
@@ -35,13 +36,14 @@ class Finding:
 def command() -> None:
     """Say what is missing and how to get it; exits with 1 when something that runs need is."""
     app = current()
-    found = list(findings(app))
-    broken = [f for f in found if f.state == "missing"]
-    app.dump({"ok": not broken, "findings": [asdict(f) for f in found]})
-    for finding in found:
+    found: list[Finding] = []
+    for finding in findings(app):  # told as they come: a cluster is looked at for many seconds
+        found.append(finding)
         app.out(f"{_MARK[finding.state]}  {finding.what}: {finding.saw}")
         if finding.help and finding.state != "ok":
             app.out(f"              → {finding.help}")
+    broken = [f for f in found if f.state == "missing"]
+    app.dump({"ok": not broken, "findings": [asdict(f) for f in found]})
     app.out(f"\n{'everything that runs need is there' if not broken else f'{len(broken)} missing'}")
     if broken:
         leave(1)
@@ -157,8 +159,30 @@ def _cluster(app: App) -> Iterator[Finding]:
         return
     from mlchaos_dagster.drivers.kubernetes.checkup import points
 
+    reached = False
     for point in points(environment):
+        reached = reached or (point.what, point.state) == ("cluster", "ok")
         yield Finding(point.what, point.state, point.saw, point.help)
+    if reached:
+        yield from _addresses(environment)
+
+
+def _addresses(environment: Environment) -> Iterator[Finding]:
+    """Where the probe and the queries go, as far as they name Services: whether there is a way from here."""
+    from mlchaos_dagster.errors import MlChaosError
+    from mlchaos_dagster.kube.address import connect
+    from mlchaos_dagster.probes.kubernetes_service import filled
+
+    options = environment.kubernetes
+    assert options is not None
+    urls = {"probe.url": environment.probe.url, "prometheus.url": getattr(environment.prometheus, "url", "")}
+    for what, url in urls.items():
+        if "{service:" not in url:
+            continue
+        try:
+            yield Finding(what, "ok", filled(url, lambda: connect(options)))
+        except MlChaosError as e:
+            yield Finding(what, "missing", str(e), "docs/kubernetes.md, A way in for the probe")
 
 
 def _tools() -> Iterator[Finding]:
