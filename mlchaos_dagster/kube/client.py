@@ -153,6 +153,8 @@ class Cluster:
                 if self._gone_around(path):
                     return [], ""
                 raise
+            if "items" not in page:  # an answer that is no list would read as: nothing is there
+                raise DriverUnavailable(f"{self.server} answers {path} with no list", driver=NAME, verb="list")
             found += items(page, "items")
             query["continue"] = text(page, "metadata", "continue")
             if not query["continue"]:

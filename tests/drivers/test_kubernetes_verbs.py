@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
+from mlchaos_dagster.domain.environment import Kubernetes
 from mlchaos_dagster.drivers.kubernetes import beside as module
 from mlchaos_dagster.drivers.kubernetes.beside import beside
-from mlchaos_dagster.engine.ports import Step
+from mlchaos_dagster.drivers.kubernetes.faults import handler
+from mlchaos_dagster.drivers.kubernetes.handler import Injection
+from mlchaos_dagster.engine.ports import Step, no_step
 from mlchaos_dagster.errors import Halted, InjectFailed
+from mlchaos_dagster.kube.client import Cluster, Site
+from mlchaos_dagster.kube.refs import Ref
+from tests.kube.fake_api import Api
+from tests.kube.test_leases import a_lease
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +85,68 @@ def test_work_that_hangs_looks_hung(monkeypatch: pytest.MonkeyPatch) -> None:
     threading.Timer(0.3, never.set).start()
     beside(lambda _: never.wait(5.0), loop)
     assert 0 < loop.steps < 20
+
+
+# -- what fired must have been ours ----------------------------------------------------------------------------------
+
+PODS = "/api/v1/namespaces/ml/pods"
+REF = Ref("pod", "ml", "a", "uid-a")
+
+
+def pod(**metadata: Any) -> dict[str, Any]:
+    meta = {"name": "a", "namespace": "ml", "uid": "uid-a", "resourceVersion": "1", **metadata}
+    return {"metadata": meta, "spec": {"containers": [{"name": "c", "image": "app:1"}]}, "status": {"phase": "Running"}}
+
+
+def site(*there: dict[str, Any]) -> Site:
+    api = Api()
+    api.objects = {f"{PODS}/{o['metadata']['name']}": o for o in there}
+    return Site(cast(Cluster, api), Kubernetes(context="x", namespace="ml"))
+
+
+def injection(kind: str, undo: dict[str, Any], ref: Ref = REF) -> Injection:
+    lease = replace(a_lease("mlchaos-a", str(ref), ledger="nowhere"), kind=kind)
+    return Injection(lease, (ref,), undo)
+
+
+@pytest.mark.req("RX-04")
+@pytest.mark.parametrize("there", [[], [pod(deletionTimestamp="2026-01-01T00:00:00Z")]], ids=["gone", "going"])
+@pytest.mark.parametrize("kind", ["pod_delete", "pod_failure"])
+def test_a_pod_that_somebody_else_took_away_was_not_hit_by_us(kind: str, there: list[dict[str, Any]]) -> None:
+    fault = handler(kind)
+    with pytest.raises(InjectFailed, match="hit"):
+        fault.inject(site(*there), injection(kind, {"images": {}}), no_step)
+    fault.inject(whole := site(pod()), injection(kind, {"images": {}}), no_step)
+    assert (whole.cluster.get(f"{PODS}/a") is None) == (kind == "pod_delete")
+
+
+def test_a_pod_that_is_being_deleted_is_not_called_gone() -> None:
+    going = site(pod(deletionTimestamp="2026-01-01T00:00:00Z"))
+    (line,) = handler("pod_failure").active(going, injection("pod_failure", {})).lines
+    assert "being deleted since 2026" in line
+
+
+@pytest.mark.req("RX-04")
+@pytest.mark.parametrize(("code", "ours"), [(0, True), (137, True), (3, False), (None, False)])
+def test_a_container_that_ended_by_itself_was_not_killed_by_us(code: int | None, ours: bool) -> None:
+    found = pod()
+    over = {"terminated": {"containerID": "c://1", "exitCode": 137}}
+    found["status"]["containerStatuses"] = [{"name": "c", "restartCount": 1, "lastState": over}]
+    found["spec"]["ephemeralContainers"] = [{"name": "mlchaos-a", "command": ["python3", "9999999999"]}]
+    state = {"running": {}} if code is None else {"terminated": {"exitCode": code}}
+    found["status"]["ephemeralContainerStatuses"] = [{"name": "mlchaos-a", "state": state}]
+    undo = {"containers": {"uid-a": {"name": "c", "containerID": "c://1", "restartCount": 0}}}
+    assert handler("container_kill").active(site(found), injection("container_kill", undo)).effective == ours
+
+
+def test_replicas_go_back_to_what_they_were_when_the_fault_was_made() -> None:
+    path, ref = "/apis/apps/v1/namespaces/ml/deployments/web", Ref("deployment", "ml", "web", "uid-web")
+    api = Api()
+    meta = {"name": "web", "namespace": "ml", "uid": "uid-web", "resourceVersion": "1"}
+    api.objects[path] = {"metadata": meta, "spec": {"replicas": 5}}  # 3 when the lease was written: an HPA came between
+    where, fault = Site(cast(Cluster, api), Kubernetes(context="x", namespace="ml")), handler("scale_to_zero")
+    lease = injection("scale_to_zero", {"replicas": {"uid-web": 3}}, ref)
+    fault.inject(where, lease, no_step)
+    assert api.objects[path]["spec"]["replicas"] == 0
+    fault.recover(where, lease, no_step)
+    assert api.objects[path]["spec"]["replicas"] == 5

@@ -108,6 +108,9 @@ class ContainerKill:
             status = _status(found, str(meant["name"]))
             killed[index], said = _ended(status, meant)
             waits, helper_said = _helper_state(found, injection.lease.id)
+            if killed[index] and not _fired(found, injection.lease.id):
+                killed[index], said = False, f"{said}, but not by our helper"
+                waits = False  # that start of the container is over: it has nothing left to kill
             present = present or (waits and not killed[index])
             lines.append(f"container {meant['name']} of {ref.shown} {said}{helper_said}")
         return Evidence(present=present, effective=all(killed), lines=tuple(lines))
@@ -162,6 +165,15 @@ def _helper_state(pod: Object, name: str) -> tuple[bool, str]:
         return waits, " (helper runs)"
     reason = text(state, "waiting", "message") or text(state, "waiting", "reason")
     return waits, f" (helper not started{': ' + reason if reason else ''})"
+
+
+def _fired(pod: Object, name: str) -> bool:
+    """Whether the helper says that it killed: it leaves with 0, or dies with the process namespace that it ended (137).
+
+    A container may end by itself, or by its liveness probe, in the same second.
+    """
+    ended = mapping(_helper(pod, name, "status"), "state", "terminated")
+    return bool(ended) and int(ended.get("exitCode") or 0) in (0, 137)
 
 
 def _ended(status: Object, meant: dict[str, Any]) -> tuple[bool, str]:

@@ -32,6 +32,8 @@ class PodDelete:
 
     kinds = frozenset({"pod"})
     self_limiting = True
+    by_us = True
+    """A pod that somebody else deleted first was not hit by us: then the fault did not fire."""
 
     def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
         """Read and delete (or evict) pods; patch, to shut out a deletion that comes too late."""
@@ -70,11 +72,17 @@ class PodDelete:
         return {"owners": owners}
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
-        """All frozen pods, one after the other; then the rounds of an interval begin."""
+        """All frozen pods, one after the other; then the rounds of an interval begin.
+
+        Raises:
+            InjectFailed: a budget says no, or somebody else (an autoscaler, a rollout) deleted one of them before.
+        """
         interval_s, lease = injection.params.get("interval_s"), injection.lease
         began = time.monotonic()
         for done, ref in enumerate(injection.refs):
-            _take(site, lease, ref)
+            if not _take(site, lease, ref) and self.by_us:
+                said = f"{ref.shown} was gone, or being deleted by somebody else, before it was hit"
+                raise InjectFailed(said, driver=NAME, verb="inject", lease_id=lease.id)
             step(done + 1, len(injection.refs))
         if interval_s:
             rounds = _Rounds(site, injection, interval_s, began + lease.duration_s)

@@ -31,7 +31,7 @@ from mlchaos_dagster.drivers.kubernetes import frozen
 from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.preflight import is_ready
 from mlchaos_dagster.engine.ports import Objection, Step
-from mlchaos_dagster.errors import DriverError
+from mlchaos_dagster.errors import DriverError, InjectFailed
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Permission, Site
 from mlchaos_dagster.kube.labels import LEASE
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
@@ -86,15 +86,22 @@ class PodFailure:
         return {"images": pods}
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
-        """One patch per pod: images and marks together, so that it is never half of it."""
+        """One patch per pod: images and marks together, so that it is never half of it.
+
+        Raises:
+            InjectFailed: a pod was taken away before it was hit.
+        """
         lease = injection.lease
         for done, ref in enumerate(injection.refs):
 
             def act(found: Object, ref: Ref = ref) -> None:
-                if is_there(found) and frozen.marked_by(found) != lease.id:
+                if not is_there(found):
+                    raise _missed(ref, "is being deleted, or is over", lease.id)
+                if frozen.marked_by(found) != lease.id:
                     _swap(site, ref, found, lease.id)
 
-            frozen.change(site, ref, act, lease)
+            if not frozen.change(site, ref, act, lease):
+                raise _missed(ref, "is gone", lease.id)
             step(done + 1, len(injection.refs))
 
     def recover(self, site: Site, injection: Injection, step: Step) -> None:
@@ -118,7 +125,9 @@ class PodFailure:
         for ref in injection.refs:
             found = frozen.read(site, ref)
             if found is None or not is_there(found):
-                lines.append(f"{ref.shown} is gone, and the fault with it; what replaced it is untouched")
+                going = text(found, "metadata", "deletionTimestamp")
+                gone = f"is being deleted since {going}" if going else "has ended" if found else "is gone"
+                lines.append(f"{ref.shown} {gone}, and the fault with it; what replaced it is untouched")
                 continue
             held.append(_ours(found, injection.lease.id))
             running = [text(s, "name") for s in items(found, "status", "containerStatuses") if "running" in _state(s)]
@@ -126,6 +135,10 @@ class PodFailure:
             said = "held down" if held[-1] else "has its own images"
             lines.append(f"{ref.shown} {said}, {', '.join(running) or 'nothing'} runs, {_ready_word(found)}")
         return Evidence(present=any(held), effective=bool(down) and all(down), lines=tuple(lines))
+
+
+def _missed(ref: Ref, why: str, lease_id: str) -> InjectFailed:
+    return InjectFailed(f"{ref.shown} {why}: it was not hit", driver=NAME, verb="inject", lease_id=lease_id)
 
 
 def _ready_word(pod: Object) -> str:

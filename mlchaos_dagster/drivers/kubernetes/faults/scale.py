@@ -135,7 +135,9 @@ class Scaling:
         if frozen.marked_by(found) != injection.lease.id:
             return
         noted = json.loads(text(found, "metadata", "annotations", frozen.UNDO) or "{}").get("replicas")
-        before: int = injection.undo.get("replicas", {}).get(ref.uid, noted)
+        # What was noted in the very patch that made the fault; an autoscaler may have been at work since `undo`.
+        known: dict[str, int] = injection.undo.get("replicas", {})
+        before: int = known.get(ref.uid, 1) if noted is None else int(noted)
         body: dict[str, Any] = {"metadata": {"annotations": dict.fromkeys(frozen.MARKS)}}
         if replicas_of(found) == self.goal(before, injection.params):
             body["spec"] = {"replicas": before}
