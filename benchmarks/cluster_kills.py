@@ -304,18 +304,7 @@ def kill(place: Place, victim: str, run: subprocess.Popen[bytes], rng: random.Ra
     if victim == "node":
         machines.node("kill", place.node)
         time.sleep(rng.uniform(0, 25))
-        switched_on(place.node)
-
-
-def switched_on(node: str) -> None:
-    """On a busy machine a node may take longer to start than the command waits."""
-    for attempt in range(4):
-        try:
-            machines.node("revive", node, timeout=120)
-            return
-        except AssertionError:
-            if attempt == 3:
-                raise
+        machines.switched_on(place.node)
 
 
 def trial(place: Place, victim: str, fault: str, rng: random.Random) -> Trial:

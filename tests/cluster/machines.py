@@ -40,12 +40,23 @@ def added(name: str, zone: str) -> None:
     """A node that is Ready, takes pods of tests only, and is whole whatever an earlier test did to it."""
     if any(o["metadata"]["name"] == name for o in objects("nodes", "")):
         subprocess.run([command(), "heal", name], capture_output=True, check=False, timeout=60)
-        subprocess.run([command(), "revive", name], capture_output=True, check=False, timeout=60)
+        switched_on(name)
     else:
         _added(name, zone)
     kubectl("taint", "node", name, f"{TAINT}=true:NoSchedule", "--overwrite")
     kubectl("uncordon", name)
     eventually(lambda: ready(found(name)), 60)
+
+
+def switched_on(name: str) -> None:
+    """A node that was killed, back. On a busy machine it may take longer to start than the command waits for it."""
+    for attempt in range(4):
+        try:
+            node("revive", name, timeout=120)
+            return
+        except AssertionError:
+            if attempt == 3:
+                raise
 
 
 def _added(name: str, zone: str) -> None:

@@ -132,7 +132,7 @@ def test_the_node_of_the_run_dies(sweeper: str, kind: str) -> None:  # noqa: F81
         said = [x["kind"] for x in journal(sweeper) if x.get("lease") == lease]
         assert said == ["fenced", "recovered"]
     finally:
-        machines.node("revive", NODE, timeout=120)
+        machines.switched_on(NODE)
     eventually(lambda: ready(found(NODE)), 60)
     # With its node the run does not come back to make its fault again.
     eventually(lambda: not [p for p in objects("pods", sweeper, "app=run") if p["status"]["phase"] == "Running"], 60)
