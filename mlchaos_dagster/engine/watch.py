@@ -183,7 +183,7 @@ class Watch:
                 self.gaps.append(Span(start=t - silent, end=t))
                 return AbortFacts(
                     cause="blind",
-                    reason=f"{name} could not be read for {silent:.1f} s (blind_for {limit:g} s)",
+                    reason=f"{name} could not be read for {silent:.1f} s (blind_for {limit:g} s){self._trouble}",
                     first_bad_at=t - silent,
                     breach_at=t,
                 )
@@ -197,6 +197,12 @@ class Watch:
             first_bad_at=self._last_seen,
             breach_at=t,
         )
+
+    @property
+    def _trouble(self) -> str:
+        """Why signals are not told, where their source knows."""
+        said = " ".join(str(getattr(self.signal_source, "trouble", "")).split())
+        return f": {said[:300]}" if said else ""
 
     def limits(self, t: float, trackers: Sequence[Tracker], values: dict[str, float | None]) -> AbortFacts | None:
         """The first abort condition that has been crossed for its time."""

@@ -72,6 +72,11 @@ class MergedSignals:
     def __init__(self, sources: Sequence[SignalSource]) -> None:
         self.sources = list(sources)
 
+    @property
+    def trouble(self) -> str:
+        """Why one of them tells nothing; empty while all is well, or none says."""
+        return next(filter(None, (str(getattr(s, "trouble", "")) for s in self.sources)), "")
+
     def start(self, zero: float) -> None:
         """Begin with all."""
         for source in self.sources:

@@ -16,6 +16,7 @@ from mlchaos_dagster.engine.ports import Lease, Objection, Owner
 from mlchaos_dagster.engine.run import run_experiment
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.judgement.verdict import judge
+from mlchaos_dagster.probes.signals import MergedSignals
 
 TEMPLATE = Lease(
     id="mlchaos-other",
@@ -250,8 +251,12 @@ def test_a_silent_signal_that_matters_aborts(tmp_path: Path) -> None:
     drain = run.kit.signals.drain
     begun = world.clock.t
     run.kit.signals.drain = lambda: drain() if world.clock.t < begun + 8 else []  # type: ignore[method-assign]
+    run.kit.signals = MergedSignals([run.kit.signals])
+    run.kit.signals.sources[0].trouble = "not allowed:\n pods"  # type: ignore[attr-defined]
+    run.watch.signal_source = run.kit.signals
     record = run_experiment(run)
     assert record.abort is not None and record.abort.cause == "blind" and "ready_replicas" in record.abort.reason
+    assert record.abort.reason.endswith(": not allowed: pods")
     assert not world.faults
 
 
