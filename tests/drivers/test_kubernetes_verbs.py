@@ -111,13 +111,15 @@ def injection(kind: str, undo: dict[str, Any], ref: Ref = REF) -> Injection:
 
 @pytest.mark.req("RX-04")
 @pytest.mark.parametrize("there", [[], [pod(deletionTimestamp="2026-01-01T00:00:00Z")]], ids=["gone", "going"])
-@pytest.mark.parametrize("kind", ["pod_delete", "pod_failure"])
-def test_a_pod_that_somebody_else_took_away_was_not_hit_by_us(kind: str, there: list[dict[str, Any]]) -> None:
-    fault = handler(kind)
-    with pytest.raises(InjectFailed, match="hit"):
-        fault.inject(site(*there), injection(kind, {"images": {}}), no_step)
-    fault.inject(whole := site(pod()), injection(kind, {"images": {}}), no_step)
-    assert (whole.cluster.get(f"{PODS}/a") is None) == (kind == "pod_delete")
+def test_a_pod_that_somebody_else_took_away_was_not_hit_by_us(there: list[dict[str, Any]]) -> None:
+    failure, delete = handler("pod_failure"), handler("pod_delete")
+    with pytest.raises(InjectFailed, match="not hit"):
+        failure.inject(site(*there), injection("pod_failure", {"images": {}}), no_step)
+    late = replace(injection("pod_delete", {}), lease=replace(injection("pod_delete", {}).lease, id="mlchaos-late"))
+    delete.inject(where := site(*there), late, no_step)
+    assert not delete.active(where, late).effective
+    delete.inject(where := site(pod()), injection("pod_delete", {}), no_step)
+    assert delete.active(where, injection("pod_delete", {})).effective
 
 
 def test_a_pod_that_is_being_deleted_is_not_called_gone() -> None:

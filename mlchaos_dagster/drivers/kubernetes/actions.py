@@ -31,8 +31,6 @@ class ScaleUp(Scaling):
 class RestartUnhealthy(PodDelete):
     """Pods that do not become ready are deleted, with their own grace; their controllers bring others."""
 
-    by_us = False
-
 
 HANDLERS: dict[str, Handler] = {"scale_up": ScaleUp(), "restart_unhealthy": RestartUnhealthy()}
 """Action → handler. (`params` of a restart: `after_s`, and PodDelete's `signal: term`.)"""

@@ -32,8 +32,6 @@ class PodDelete:
 
     kinds = frozenset({"pod"})
     self_limiting = True
-    by_us = True
-    """A pod that somebody else deleted first was not hit by us: then the fault did not fire."""
 
     def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
         """Read and delete (or evict) pods; patch, to shut out a deletion that comes too late."""
@@ -72,17 +70,12 @@ class PodDelete:
         return {"owners": owners}
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
-        """All frozen pods, one after the other; then the rounds of an interval begin.
-
-        Raises:
-            InjectFailed: a budget says no, or somebody else (an autoscaler, a rollout) deleted one of them before.
-        """
+        """All frozen pods, one after the other; then the rounds of an interval begin. Raises InjectFailed: a budget's no."""
         interval_s, lease = injection.params.get("interval_s"), injection.lease
         began = time.monotonic()
         for done, ref in enumerate(injection.refs):
-            if not _take(site, lease, ref) and self.by_us:
-                said = f"{ref.shown} was gone, or being deleted by somebody else, before it was hit"
-                raise InjectFailed(said, driver=NAME, verb="inject", lease_id=lease.id)
+            if _take(site, lease, ref):
+                _hit.setdefault(lease.id, set()).add(ref.uid)
             step(done + 1, len(injection.refs))
         if interval_s:
             rounds = _Rounds(site, injection, interval_s, began + lease.duration_s)
@@ -112,7 +105,7 @@ class PodDelete:
             step(0, 0)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
-        """Effective: every frozen pod is gone or going. Present: rounds of this process go on."""
+        """Effective: every frozen pod is gone or going, and by us. Present: rounds of this process go on."""
         here: list[str] = []
         lines: list[str] = []
         for ref in injection.refs:
@@ -124,12 +117,15 @@ class PodDelete:
             else:
                 lines.append(f"{ref.shown} is gone")
         lines += [f"{name} is still there" for name in here]
+        missed = [ref for ref in injection.refs if ref.uid not in _hit.get(injection.lease.id, ())]
+        lines += [f"{ref.shown} was not deleted by this run" for ref in missed if ref.name not in here]
+        fired = not here and not missed
         rounds = _running.get(injection.lease.id)
         if rounds is None:
-            return Evidence(present=False, effective=not here, lines=tuple(lines))
+            return Evidence(present=False, effective=fired, lines=tuple(lines))
         lines.insert(0, rounds.said)
         present = rounds.is_alive()
-        return Evidence(present=present, effective=present and not here and not rounds.error, lines=tuple(lines))
+        return Evidence(present=present, effective=present and fired and not rounds.error, lines=tuple(lines))
 
 
 class _Rounds(threading.Thread):
@@ -191,6 +187,8 @@ class _Rounds(threading.Thread):
         self._done += 1
 
 
+_hit: dict[str, set[str]] = {}
+"""Uids that this process deleted, by lease: a pod that an autoscaler or a rollout took away did not fall to our fault."""
 _running: dict[str, _Rounds] = {}
 """Rounds of this process by lease; they end with it."""
 
