@@ -236,8 +236,10 @@ def test_a_replacement_of_the_same_name_is_not_the_frozen_pod(
     eventually(lambda: all_ready(namespace, selector, 1))
     before = pods(namespace, selector)[0]
     driver.inject(lease)
-    driver.inject(failure)
-    assert driver.active(lease).effective, "the frozen pod is gone, whoever deleted it"
+    with pytest.raises(InjectFailed, match="is gone: it was not hit"):
+        driver.inject(failure)
+    seen = driver.active(lease)
+    assert not seen.effective and "was not deleted by this run" in " ".join(seen.lines), "somebody else's doing"
     seen = driver.active(failure)
     assert not seen.present and not seen.effective and "what replaced it is untouched" in seen.lines[0]
     assert elsewhere("recover", failure, options) == "done"
