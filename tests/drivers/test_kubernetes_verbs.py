@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from mlchaos_dagster.drivers.kubernetes.beside import beside
 from mlchaos_dagster.drivers.kubernetes.faults import handler
 from mlchaos_dagster.drivers.kubernetes.handler import Injection
 from mlchaos_dagster.engine.ports import Step, no_step
-from mlchaos_dagster.errors import Halted, InjectFailed
+from mlchaos_dagster.errors import DriverUnavailable, Halted, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube.client import Cluster, Site
 from mlchaos_dagster.kube.refs import Ref
 from tests.kube.fake_api import Api
@@ -152,3 +153,22 @@ def test_replicas_go_back_to_what_they_were_when_the_fault_was_made() -> None:
     assert api.objects[path]["spec"]["replicas"] == 0
     fault.recover(where, lease, no_step)
     assert api.objects[path]["spec"]["replicas"] == 5
+
+
+def test_a_pod_that_was_deleted_by_force_is_not_known_to_be_gone_while_its_node_is_cut_off() -> None:
+    away = {"metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}
+    where, lost = (
+        site(),
+        injection("network_partition", {"mode": "agent", "far": "", "pods": {str(REF): {"node": "n1"}}}),
+    )
+    lost = replace(lost, lease=replace(lost.lease, deadline_wall=time.time() + 30))
+    cast(Api, where.cluster).objects["/api/v1/nodes/n1"] = away
+    fault = handler("network_partition")
+    with pytest.raises(DriverUnavailable, match="n1 does not answer"):
+        fault.active(where, lost)
+    with pytest.raises(RecoverFailed, match="n1 does not answer"):
+        fault.recover(where, lost, no_step)
+    over = replace(lost, lease=replace(lost.lease, deadline_wall=time.time() - 61))
+    assert not fault.active(where, over).present, "the agent's own deadline is over"
+    away["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}
+    assert not fault.active(where, lost).present, "the node is back, and its kubelet ends what is gone"

@@ -9,6 +9,7 @@ Where pod security forbids NET_ADMIN, `kubernetes.network: policy` cuts by a Net
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,8 @@ _STARTING_S = 6.0
 _CLEANED_S = 12.0
 _RECOVER_S = 25.0
 _ACTIVE_S = 6.0
+_CLOCKS_S = 60.0
+"""By so much the clocks of two machines may differ where a deadline is compared."""
 _MOST_CLEANERS = 3
 """Containers that clean after a dead agent; ended ones stay in the pod's spec, so there is an end to it."""
 
@@ -97,7 +100,8 @@ class Network:
             if pod is None:
                 raise DriverError(f"{ref.shown} is gone", driver=NAME, verb="undo")
             families = sorted({6 if ":" in ip else 4 for ip in network_links.addresses(pod)}) or [4]
-            pods[str(ref)] = {"spare": network_links.node_addresses(pod), "families": families}
+            node = text(pod, "spec", "nodeName")
+            pods[str(ref)] = {"spare": network_links.node_addresses(pod), "families": families, "node": node}
         return {"mode": site.options.network, "far": far(request.target.select), **found, "pods": pods}
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
@@ -137,9 +141,7 @@ class Network:
         """
         if injection.undo.get("mode", "policy") == "policy":  # of a lost lease nobody knows
             network_policy.remove(site, injection)
-        answers = agents.together(
-            [_job(_clear, site, injection.lease, ref) for ref in injection.refs], step, _RECOVER_S
-        )
+        answers = agents.together([_job(_clear, site, injection, ref) for ref in injection.refs], step, _RECOVER_S)
         failed = [a for a in answers if isinstance(a, DriverError)]
         if failed:
             raise RecoverFailed("; ".join(str(f) for f in failed), driver=NAME, lease_id=injection.lease.id)
@@ -147,7 +149,7 @@ class Network:
     def active(self, site: Site, injection: Injection) -> Evidence:
         """Each pod's own netfilter rules, and what a client in it sees. Raises DriverUnavailable."""
         answers = agents.together(
-            [_job(_read_back, site, injection.lease, ref) for ref in injection.refs], no_step, _ACTIVE_S
+            [_job(_read_back, site, injection, ref) for ref in injection.refs], no_step, _ACTIVE_S
         )
         for answer in answers:
             if isinstance(answer, DriverError):
@@ -243,13 +245,16 @@ def _go(stream: ExecStream) -> None:
         )
 
 
-def _clear(site: Site, lease: Lease, ref: Ref) -> None:
+def _clear(site: Site, injection: Injection, ref: Ref) -> None:
     """Take the fault out of one pod, whatever became of its agent."""
+    lease = injection.lease
     name = agents.name_of(lease)
     pod = frozen.read(site, ref)
     if pod is not None and agents.look(pod, name).state == "absent":
         frozen.shut_out(site, ref)  # an inject that has read the pod already can no longer add its agent
         pod = frozen.read(site, ref)
+    if pod is None:
+        _gone_with_its_node_there(site, injection, ref)
     if pod is None or _over(pod):
         return
     agent = agents.look(pod, name)
@@ -300,11 +305,13 @@ def _clean_after(site: Site, lease: Lease, ref: Ref, pod: Object) -> None:
     raise RecoverFailed(f"{ref.shown}: {_MOST_CLEANERS} cleaning containers failed: {_why(found)}", driver=NAME)
 
 
-def _read_back(site: Site, lease: Lease, ref: Ref) -> Evidence:
+def _read_back(site: Site, injection: Injection, ref: Ref) -> Evidence:
     """What one pod holds of the fault now."""
+    lease = injection.lease
     name = agents.name_of(lease)
     pod = frozen.read(site, ref)
     if pod is None:
+        _gone_with_its_node_there(site, injection, ref)
         return _nothing(f"{ref.shown} is gone, and its network namespace with it")
     if _over(pod):
         return _nothing(f"{ref.shown} has ended, and its network namespace with it")
@@ -378,12 +385,25 @@ def _let_in(site: Site, pods: dict[Ref, Object | None], policy: bool) -> Iterato
             return
 
 
+def _gone_with_its_node_there(site: Site, injection: Injection, ref: Ref) -> None:
+    """A pod that was deleted by force is gone from the API, and lives on as long as its node is cut off: the node is
+    asked for, until the agent's own deadline is over for certain. Raises DriverUnavailable.
+    """
+    pods: dict[str, dict[str, Any]] = injection.undo.get("pods", {})
+    name = pods.get(str(ref), {}).get("node", "")
+    if name and time.time() < injection.lease.deadline_wall + _CLOCKS_S:
+        _answers(site, name)
+
+
 def _node_answers(site: Site, pod: Object) -> None:
     """What runs on a node that does not answer is not known, also where its pod is being deleted: the pod may live on.
 
     A command into it would hang, so the node's own word is read first. Raises DriverUnavailable.
     """
-    name = text(pod, "spec", "nodeName")
+    _answers(site, text(pod, "spec", "nodeName"))
+
+
+def _answers(site: Site, name: str) -> None:
     node = site.cluster.get(f"/api/v1/nodes/{name}")
     ready = [c for c in items(node, "status", "conditions") if text(c, "type") == "Ready"]
     if ready and text(ready[0], "status") != "True":
