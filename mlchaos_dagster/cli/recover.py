@@ -77,7 +77,11 @@ def _of_the_cluster(app: App, places: Places, leases: tuple[str, ...], dry_run: 
     for lease_id in leases:
         if lease_id not in heads:
             allowed = ", ".join(sorted(heads)) or "none: no lease is open"
-            raise SpecError(f'no open lease "{lease_id}" here or in the cluster. Allowed there: {allowed}.', "LEASE")
+            raise SpecError(
+                f'no open lease "{lease_id}" here or in the cluster. Allowed there: {allowed}. '
+                f"What a lost one left on objects is taken off by mlchaos clean -e {app.settings.environment}.",
+                "LEASE",
+            )
     found = sweep(
         ledger,
         lambda name, _: places.driver(name, app.settings.environment),

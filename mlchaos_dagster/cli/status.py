@@ -85,7 +85,9 @@ def _cluster(app: App, cluster: dict[str, Any], here: set[str]) -> None:
         app.out(f"cluster       unknown: {cluster['error']}")
         return
     lever, leases = cluster["lever"], [x for x in cluster["open_leases"] if x["id"] not in here]
-    app.out(f"cluster       sweeper {cluster['sweeper'] or 'NONE: kubectl apply -k manifests/kubernetes'}")
+    app.out(
+        f"cluster       sweeper {cluster['sweeper'].partition('/')[0] or 'NONE: kubectl apply -k manifests/kubernetes'}"
+    )
     if lever is not None:
         app.out(f"  lever       PULLED, no run may start: {lever}")
     for x in leases:

@@ -113,8 +113,12 @@ def _permissions(site: Site, environment: Environment) -> Iterator[Point]:
                 request = Request(kind, refs, refs, {}, target)
                 needed |= preflight.permissions(request, iter(chosen.permissions(site, request)))
     missing = list(preflight.refused(site, needed))
-    for said, rule in missing:
-        yield Point("permission", "missing", f"may not {said}", f"docs/rbac.md; add {rule}")
+    for namespace, said, rule in missing:
+        whole = f"kubectl apply -n {namespace} -k manifests/rbac/namespace"
+        if namespace in ("", site.options.control_namespace):
+            whole = "kubectl apply -k manifests/rbac"
+        help = f"{whole}, for the account mlchaos-runner (docs/rbac.md); for another add {rule}"
+        yield Point("permission", "missing", f"may not {said}", help)
     if not missing:
         yield Point("permissions", "ok", f"all {len(needed)} that the faults served here need")
 
@@ -124,12 +128,14 @@ def _sweeper(site: Site, environment: Environment) -> Iterator[Point]:
     path = f"/apis/coordination.k8s.io/v1/namespaces/{site.options.control_namespace}/leases/{SWEEPER}"
     before = site.cluster.get(path)
     if before is None:
+        help += " (into mlchaos-system; where it is elsewhere, set kubernetes.control_namespace)"
         yield Point("sweeper", "missing", f"none in namespace {site.options.control_namespace}", help)
         return
     end = time.monotonic() + _HEART_S
     while time.monotonic() < end:
         if text(site.cluster.get(path), "metadata", "resourceVersion") != text(before, "metadata", "resourceVersion"):
-            yield Point("sweeper", "ok", f"its heart beats ({text(before, 'spec', 'holderIdentity')})")
+            pod = text(before, "spec", "holderIdentity").partition("/")[0]
+            yield Point("sweeper", "ok", f"its heart beats ({pod})")
             return
         time.sleep(0.5)
     logs = f"kubectl logs -n {site.options.control_namespace} deployment/{SWEEPER}"

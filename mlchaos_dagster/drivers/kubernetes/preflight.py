@@ -87,12 +87,12 @@ def _kind_fits(request: Request, handler: Handler) -> Iterator[Objection]:
 def _permitted(site: Site, request: Request, handler: Handler) -> Iterator[Objection]:
     needed = permissions(request, iter(handler.permissions(site, request)))
     needed |= set(leases.permissions(site.options.control_namespace))
-    for said, rule in refused(site, needed):
+    for _, said, rule in refused(site, needed):
         yield Objection(f"no permission to {said}", rule)
 
 
-def refused(site: Site, needed: Iterable[Permission]) -> Iterator[tuple[str, str]]:
-    """(what is not allowed, the RBAC rule to add), one for each resource."""
+def refused(site: Site, needed: Iterable[Permission]) -> Iterator[tuple[str, str, str]]:
+    """(namespace, what is not allowed, the RBAC rule to add), one for each resource."""
     missing: dict[tuple[str, str, str], list[Permission]] = {}
     for p in sorted(needed):
         if not site.cluster.allowed(p):
@@ -100,7 +100,7 @@ def refused(site: Site, needed: Iterable[Permission]) -> Iterator[tuple[str, str
     for those in missing.values():
         verbs = [p.verb for p in those]
         where = f" in {those[0].namespace}" if those[0].namespace else ""
-        yield f"{', '.join(verbs)} {those[0].resource}{where}", those[0].rule_of(*verbs)
+        yield those[0].namespace, f"{', '.join(verbs)} {those[0].resource}{where}", those[0].rule_of(*verbs)
 
 
 def _pods(site: Site, request: Request) -> dict[str, Object]:

@@ -60,14 +60,18 @@ class PodFailure:
 
     def objections(self, site: Site, request: Request) -> Iterator[Objection]:
         """Pods that would end instead of starting again, and policies that refuse the image (asked by a dry run)."""
-        for ref in request.refs:
-            pod = frozen.read(site, ref)
+        asked: set[tuple[str, str]] = set()
+        for ref, pod in frozen.read_all(site, request.refs).items():
             if pod is None:
                 continue
             policy = text(pod, "spec", "restartPolicy")
             if policy != "Always":
                 yield Objection(f"{ref.shown} has restartPolicy {policy}: it would end", "pod_delete or container_kill")
                 continue
+            owner = text(frozen.controller(pod), "uid") or ref.uid
+            if (ref.namespace, owner) in asked:  # made from one template: what admission says of one holds for all
+                continue
+            asked.add((ref.namespace, owner))
             try:
                 _swap(site, ref, pod, "dry-run", dryRun="All")
             except ApiRefused as e:
@@ -76,8 +80,7 @@ class PodFailure:
     def undo(self, site: Site, request: Request, step: Step) -> dict[str, Any]:
         """Images by container of each pod; the pod's annotation will say the same."""
         pods: dict[str, dict[str, str]] = {}
-        for done, ref in enumerate(request.refs):
-            pod = frozen.read(site, ref)
+        for done, (ref, pod) in enumerate(frozen.read_all(site, request.refs).items()):
             ours = frozen.marked_by(pod)
             if ours:
                 raise DriverError(f"{ref.shown} carries the fault of lease {ours}", driver=NAME, verb="undo")
@@ -122,8 +125,7 @@ class PodFailure:
         held: list[bool] = []
         lines: list[str] = []
         down: list[bool] = []
-        for ref in injection.refs:
-            found = frozen.read(site, ref)
+        for ref, found in frozen.read_all(site, injection.refs).items():
             if found is None or not is_there(found):
                 going = text(found, "metadata", "deletionTimestamp")
                 gone = f"is being deleted since {going}" if going else "has ended" if found else "is gone"
@@ -133,7 +135,9 @@ class PodFailure:
             running = [text(s, "name") for s in items(found, "status", "containerStatuses") if "running" in _state(s)]
             down.append(held[-1] and not running and not is_ready(found))
             said = "held down" if held[-1] else "has its own images"
-            lines.append(f"{ref.shown} {said}, {', '.join(running) or 'nothing'} runs, {_ready_word(found)}")
+            still = "nothing runs" if held[-1] else "its kubelet is about to start it"
+            runs = f"{', '.join(running)} runs" if running else still
+            lines.append(f"{ref.shown} {said}, {runs}, {_ready_word(found)}")
         return Evidence(present=any(held), effective=bool(down) and all(down), lines=tuple(lines))
 
 
