@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from mlchaos_dagster.domain.environment import Kubernetes
+from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.kubernetes import beside as module
 from mlchaos_dagster.drivers.kubernetes.beside import beside
 from mlchaos_dagster.drivers.kubernetes.faults import handler
-from mlchaos_dagster.drivers.kubernetes.handler import Injection
+from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Step, no_step
 from mlchaos_dagster.errors import DriverUnavailable, Halted, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube.client import Cluster, Site
@@ -172,3 +172,22 @@ def test_a_pod_that_was_deleted_by_force_is_not_known_to_be_gone_while_its_node_
     assert not fault.active(where, over).present, "the agent's own deadline is over"
     away["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}
     assert not fault.active(where, lost).present, "the node is back, and its kubelet ends what is gone"
+
+
+@pytest.mark.parametrize("kind", ["pod_failure", "pod_delete"])
+def test_a_hundred_pods_are_looked_at_in_a_few_calls(kind: str) -> None:
+    owner = {"kind": "ReplicaSet", "name": "web", "uid": "uid-rs", "controller": True}
+    found = [pod(name=f"p{i}", uid=f"uid-{i}", ownerReferences=[owner]) for i in range(100)]
+    for one in found:
+        one["spec"]["restartPolicy"] = "Always"
+    where, refs = site(*found), tuple(Ref.of("pod", o) for o in found)
+    api, fault = cast(Any, where.cluster), handler(kind)
+    api.patch = lambda path, body, **query: api._call(lambda: {})  # admission has nothing against it
+    request = Request(kind, refs, refs, {}, Target(select="app=x", kubernetes=KubernetesObjects()))
+    assert list(fault.objections(where, request)) == []
+    undo = fault.undo(where, request, no_step)
+    assert len(next(iter(undo.values()))) == 100
+    lease = injection(kind, undo)
+    seen = fault.active(where, replace(lease, refs=(*refs, REF)))
+    assert len(seen.lines) >= 101 and "gone" in " ".join(seen.lines)
+    assert api.calls <= 6

@@ -67,7 +67,7 @@ class Network:
     def objections(self, site: Site, request: Request) -> Iterable[Objection]:
         """A pod in the node's own network, a link without an end, a namespace that does not let the agent in."""
         policy = site.options.network == "policy"
-        pods = {ref: frozen.read(site, ref) for ref in request.refs}
+        pods = frozen.read_all(site, request.refs)
         for ref, pod in pods.items():
             if pod is not None and _on_host(pod):
                 yield Objection(
@@ -94,9 +94,8 @@ class Network:
         """The far end's addresses and each pod's own, as they are before the fault."""
         found = network_links.other_end(site, request.target)
         pods: dict[str, Any] = {}
-        for i, ref in enumerate(request.refs):
+        for i, (ref, pod) in enumerate(frozen.read_all(site, request.refs).items()):
             step(i, len(request.refs))
-            pod = frozen.read(site, ref)
             if pod is None:
                 raise DriverError(f"{ref.shown} is gone", driver=NAME, verb="undo")
             families = sorted({6 if ":" in ip else 4 for ip in network_links.addresses(pod)}) or [4]

@@ -47,7 +47,7 @@ class PodDelete:
 
     def objections(self, site: Site, request: Request) -> Iterator[Objection]:
         """Pods that would not come back; budgets that the eviction API would enforce whatever the guards say."""
-        pods = [(ref, frozen.read(site, ref)) for ref in request.refs]
+        pods = list(frozen.read_all(site, request.refs).items())
         for ref, pod in pods:
             owner = text(frozen.controller(pod), "kind")
             if pod is not None and owner in ("", "Node"):
@@ -64,8 +64,8 @@ class PodDelete:
     def undo(self, site: Site, request: Request, step: Step) -> dict[str, Any]:
         """Nothing can be undone; kept are the controllers, whose pods an interval hits."""
         owners: dict[str, str] = {}
-        for done, ref in enumerate(request.refs):
-            owners[ref.uid] = text(frozen.controller(frozen.read(site, ref)), "uid")
+        for done, (ref, pod) in enumerate(frozen.read_all(site, request.refs).items()):
+            owners[ref.uid] = text(frozen.controller(pod), "uid")
             step(done + 1, len(request.refs))
         return {"owners": owners}
 
@@ -108,8 +108,7 @@ class PodDelete:
         """Effective: every frozen pod is gone or going, and by us. Present: rounds of this process go on."""
         here: list[str] = []
         lines: list[str] = []
-        for ref in injection.refs:
-            found = frozen.read(site, ref)
+        for ref, found in frozen.read_all(site, injection.refs).items():
             if found is not None and is_there(found):
                 here.append(ref.name)
             elif found is not None:
