@@ -104,7 +104,7 @@ def test_a_missing_permission_is_told_as_the_rule_to_add() -> None:
     cluster = Paper(PODS)
     cluster.denied = {"poddisruptionbudgets"}
     assert asked(cluster) == [
-        'no permission to list poddisruptionbudgets | Role in namespace ml: {apiGroups: ["policy"], '
+        'no permission to list poddisruptionbudgets in ml | Role in namespace ml: {apiGroups: ["policy"], '
         'resources: ["poddisruptionbudgets"], verbs: ["list"]}'
     ]
 
