@@ -191,3 +191,21 @@ def test_a_hundred_pods_are_looked_at_in_a_few_calls(kind: str) -> None:
     seen = fault.active(where, replace(lease, refs=(*refs, REF)))
     assert len(seen.lines) >= 101 and "gone" in " ".join(seen.lines)
     assert api.calls <= 6
+
+
+def test_a_loop_that_is_held_up_holds_up_what_is_being_made() -> None:
+    held_up, made = threading.Event(), list[int]()
+
+    def step(done: int, total: int) -> None:
+        if done:
+            assert not held_up.wait(0.2)
+
+    def work(told: Step) -> None:
+        for i in (1, 2):
+            made.append(i)
+            told(i, 2)
+            assert len(made) == i
+
+    began = time.monotonic()
+    beside(work, step)
+    assert made == [1, 2] and time.monotonic() - began >= 0.4

@@ -33,23 +33,31 @@ def beside(work: Callable[[Step], T], step: Step) -> T:
 class _Beside(Generic[T]):
     def __init__(self, work: Callable[[Step], T], step: Step) -> None:
         self.work, self.step = work, step
-        self.over = threading.Event()
         self.at, self.progress = time.monotonic(), (0, 0)
         self.out: BaseException | None = None
         """What `step` raised first."""
         self.results: list[T] = []
         self.error: BaseException | None = None
+        self.over = False
+        self.asked, self.answered = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="mlchaos-verb", daemon=True).start()
 
     def result(self) -> T:
         """Wait for it, stepping."""
-        while not self.over.wait(TICK_S):
-            if time.monotonic() - self.at > STUCK_S:
+        while True:
+            asked = self.asked.wait(TICK_S)
+            if self.over:
+                break
+            if not asked and time.monotonic() - self.at > STUCK_S:
                 continue
+            if asked:
+                self.asked.clear()
             try:
                 self.step(*self.progress)
-            except BaseException as e:  # noqa: BLE001  raised below, when the work has ended
+            except BaseException as e:  # noqa: BLE001  raised in the work, and below when it has ended
                 self.out = self.out or e
+            if asked:
+                self.answered.set()
         if self.out is not None:
             raise self.out
         if self.error is not None:
@@ -61,9 +69,14 @@ class _Beside(Generic[T]):
             self.results.append(self.work(self._told))
         except BaseException as e:  # noqa: BLE001  raised in the caller's thread
             self.error = e
-        self.over.set()
+        self.over = True
+        self.asked.set()
 
     def _told(self, done: int, total: int) -> None:
+        """The work's own step is made in the caller's thread, and waited for: who is held up there makes nothing here."""
         self.at, self.progress = time.monotonic(), (done, total)
+        self.answered.clear()
+        self.asked.set()
+        self.answered.wait()
         if self.out is not None:
             raise self.out

@@ -7,7 +7,9 @@ that slept between those steps (a stopped process, a slow network) finds a confl
 
 from __future__ import annotations
 
+import random
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +63,7 @@ def change(site: Site, ref: Ref, act: Callable[[Object], Any], lease: Lease | No
         LeaseRefused: the lease is no longer held.
         DriverUnavailable: the cluster did not answer, or the object never stood still.
     """
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         found = read(site, ref)
         if found is None:
             return False
@@ -72,6 +74,7 @@ def change(site: Site, ref: Ref, act: Callable[[Object], Any], lease: Lease | No
         except NotFound:
             return False
         except Conflict:
+            time.sleep(random.uniform(0.0, 0.02 * (attempt + 1)))  # its controller answers to every change of ours
             continue
         return True
     raise DriverUnavailable(f"{ref.shown} is changed by others all the time", driver=NAME)
