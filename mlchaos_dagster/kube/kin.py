@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import Cluster
 from mlchaos_dagster.kube.lease_objects import key
@@ -25,6 +26,14 @@ def held(targets: Iterable[str]) -> dict[str, str]:
     for target in targets:
         found.update((key(word), target) for word in _words(target))
     return found
+
+
+def held_later(lease: Lease) -> dict[str, str]:
+    """Key → what, of the controllers whose new pods a fault at an interval hits, too: nobody else may test one of those."""
+    if not lease.params.get("interval_s"):
+        return {}
+    owners: dict[str, str] = lease.undo.get("fault", {}).get("owners", {})
+    return {key(uid): "every pod of a controller that is hit at an interval" for uid in owners.values() if uid}
 
 
 def within(cluster: Cluster, targets: Sequence[str]) -> frozenset[str]:

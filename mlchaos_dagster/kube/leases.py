@@ -127,7 +127,8 @@ class ClusterLedger:
         with _told(f"cannot write the lease {lease.id} to the cluster"):
             try:
                 self._refuse_unless_well()
-                held_keys, within = kin.held(lease.targets), kin.within(self.cluster, lease.targets)
+                held_keys = kin.held(lease.targets) | kin.held_later(lease)
+                within = kin.within(self.cluster, lease.targets)
                 content = pack(lease)
                 for secret in secrets(lease, self.namespace, content):
                     self._make(self._secrets, secret, lease.id, made)

@@ -338,3 +338,21 @@ def test_a_sweeper_waits_while_another_recovers_and_goes_on_when_that_one_is_gon
     clock.sleep = beating.__get__(clock)  # type: ignore[method-assign]
     with second.recovering("mlchaos-a", 15.0) as free:
         assert not free
+
+
+@pytest.mark.parametrize("interval_s", [None, 5.0])
+def test_who_hits_new_pods_at_an_interval_holds_their_controller(interval_s: float | None) -> None:
+    api = Api()
+    owner_of = [{"kind": "ReplicaSet", "name": "web", "uid": "uid-rs", "controller": True}]
+    for name in ("web-1", "web-2"):
+        meta = {"name": name, "uid": f"uid-{name}", "resourceVersion": "1", "ownerReferences": owner_of}
+        api.objects[f"{PODS}/{name}"] = {"metadata": meta, "spec": {}}
+    rounds = a_lease("mlchaos-rounds", fault={"owners": {"uid-web-1": "uid-rs"}})
+    rounds.params["interval_s"] = interval_s
+    ledger(api).open(rounds)
+    other = a_lease("mlchaos-other", "pod/shop/web-2@uid-web-2", pid=2)
+    if interval_s is None:
+        ledger(api, pid=2).open(other)
+        return
+    with pytest.raises(LeaseRefused, match="part of is held by run run-of-mlchaos-rounds"):
+        ledger(api, pid=2).open(other)
