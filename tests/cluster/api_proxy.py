@@ -31,6 +31,7 @@ import pytest
 
 from .conftest import kubectl
 
+_RAW = ("--raw", "--minify", "--flatten", "-o", "json")
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER with no time: closing sends a reset, as a server that was killed does."""
 
@@ -164,9 +165,9 @@ def _reset(one: socket.socket) -> None:
 
 
 @pytest.fixture
-def api_proxy(tmp_path: Path) -> Iterator[ApiProxy]:
-    """The current context's API server, through a proxy of this test's own."""
-    proxy = ApiProxy(json.loads(kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json")), tmp_path)
+def api_proxy(tmp_path: Path, kubeconfig: str) -> Iterator[ApiProxy]:
+    """The current context's API server, through a proxy of this test's own; with the rights of our client."""
+    proxy = ApiProxy(json.loads(kubectl("config", "view", *_RAW, f"--kubeconfig={kubeconfig}")), tmp_path)
     try:
         yield proxy
     finally:

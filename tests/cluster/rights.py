@@ -40,6 +40,12 @@ class Rights:
         may = ["auth", "can-i", "delete", "pods", "-n", namespace, who]
         conftest.eventually(lambda: conftest.kubectl(*may, check=False).strip() == "yes")
 
+    def grant(self, namespace: str, verb: str, resource: str) -> None:
+        """One right more than is shipped, in one namespace."""
+        conftest.kubectl("create", "role", "more", "-n", namespace, f"--verb={verb}", f"--resource={resource}")
+        who = f"--serviceaccount={self.home}:{ACCOUNT}"
+        conftest.kubectl("create", "rolebinding", "more", "-n", namespace, "--role=more", who)
+
     def remove(self) -> None:
         """Account and roles."""
         for kind in ("ClusterRoleBinding", "ClusterRole"):

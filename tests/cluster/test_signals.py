@@ -24,6 +24,7 @@ from mlchaos_dagster.probes.kubernetes_service import answers, filled, url_of
 
 from .api_proxy import ApiProxy, api_proxy
 from .conftest import HELPER_IMAGE, TARGET_IMAGE, deploy, eventually, kubectl, pods
+from .rights import Rights
 
 __all__ = ["api_proxy"]
 pytestmark = pytest.mark.timeout(180)
@@ -321,7 +322,11 @@ http.server.ThreadingHTTPServer(("", 8080), Answer).serve_forever()
 """
 
 
-def test_what_pods_tell_of_themselves_directly_and_through_the_api_server(cluster: Cluster, namespace: str) -> None:
+def test_what_pods_tell_of_themselves_directly_and_through_the_api_server(
+    cluster: Cluster, namespace: str, rights: Rights | None
+) -> None:
+    if rights:  # not among what is shipped: docs/rbac.md, What is not there
+        rights.grant(namespace, "get", "pods/proxy")
     deploy(namespace, replicas=2)
     command = json.dumps([{"op": "replace", "path": "/spec/template/spec/containers/0/command/2", "value": COUNTING}])
     kubectl("patch", "deployment", "web", "-n", namespace, "--type=json", "-p", command)
