@@ -161,12 +161,18 @@ def prepare(environment: Environment, settings: Settings, experiment: Experiment
     """
     check_surroundings(environment, settings)
     if environment.kubernetes is not None:
-        from mlchaos_dagster.kube.address import remember
+        from mlchaos_dagster.kube.address import other_ledger, remember
 
+        path = settings.home.cluster(environment.name)
         try:
-            remember(settings.home.cluster(environment.name), environment.kubernetes, settings.kubeconfig)
+            remember(path, environment.kubernetes, settings.kubeconfig)
         except DriverError as e:
             raise ConfigError(f"the cluster of environment {environment.name}: {e}") from e
+        if said := other_ledger(path):
+            raise ConfigError(
+                f"{said}, and {environment.name} in {environment.kubernetes.control_namespace}: two runs would not see each "
+                f"other. Allowed: one kubernetes.control_namespace for one cluster"
+            )
     if environment.sandbox is None:
         return
     from mlchaos_dagster.sandbox import api

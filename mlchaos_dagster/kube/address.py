@@ -18,7 +18,6 @@ from mlchaos_dagster.engine.files import write_json
 from mlchaos_dagster.errors import ConfigError, DriverUnavailable
 from mlchaos_dagster.kube.client import NAME, Cluster
 
-
 IN_A_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
@@ -62,6 +61,22 @@ def remember(path: Path, options: Kubernetes, default_kubeconfig: str = "") -> C
     if known != before:
         write_json(path, known)
     return cluster
+
+
+def other_ledger(path: Path) -> str:
+    """Another environment of this machine that keeps its leases for the same cluster in another namespace; empty: none.
+
+    Two ledgers of one cluster do not see each other: two faults could hold one target.
+    """
+    mine = _read(path)
+    for other in sorted(path.parent.iterdir()) if mine is not None else ():
+        theirs = _read(other) if other != path else None
+        if mine is None or theirs is None or theirs["uid"] != mine["uid"]:
+            continue
+        space = theirs["options"].get("control_namespace")
+        if space != mine["options"].get("control_namespace"):
+            return f"environment {other.stem} keeps its leases of this cluster in the namespace {space}"
+    return ""
 
 
 def recall(path: Path) -> tuple[Cluster, Kubernetes, str]:

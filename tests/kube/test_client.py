@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlchaos_dagster.errors import DriverUnavailable
+from mlchaos_dagster.kube.address import other_ledger
 from mlchaos_dagster.kube.client import ApiRefused, Cluster
 
 POD = "/api/v1/namespaces/ml/pods/a"
@@ -90,3 +91,18 @@ def test_why_no_command_was_started_is_told_without_the_command(cluster: Cluster
     with pytest.raises(ApiRefused) as refused:
         cluster.exec("ml", "a", "c", ["python3", "-c", "x" * 900])
     assert "no route" in str(refused.value) and len(str(refused.value)) < 200
+
+
+def test_two_ledgers_of_one_cluster_are_told(tmp_path: Path) -> None:
+    def known(name: str, uid: str, space: str) -> Path:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"uid": uid, "options": {"control_namespace": space}}))
+        return path
+
+    mine = known("mine", "u1", "a")
+    known("same", "u1", "a")
+    known("another", "u2", "b")
+    (tmp_path / "broken.json").write_text("{")
+    assert other_ledger(mine) == ""
+    known("rival", "u1", "b")
+    assert other_ledger(mine) == "environment rival keeps its leases of this cluster in the namespace b"
