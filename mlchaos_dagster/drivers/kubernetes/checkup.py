@@ -92,11 +92,13 @@ def _targets(site: Site, environment: Environment) -> Iterator[Point]:
             kind = target.kubernetes.kind.lower()
             where = target.kubernetes.namespace or site.options.namespace
             labels = target.select.partition("->")[0]
+            at = "" if kind == "node" else f" in {where}"
+            # A cluster of one zone is a sound one: only what wants another is refused.
             yield Point(
                 f"target {name}",
-                "missing",
-                f"{target.select} matches no {kind} in {where}",
-                f"kubectl get {kind} -l '{labels}'" + ("" if kind == "node" else f" -n {where}"),
+                "optional" if kind == "node" else "missing",
+                f"{target.select} matches no {kind}{at}" + ("; experiments on it are refused" if not at else ""),
+                f"kubectl get {kind} -l '{labels}'" + (f" -n {where}" if at else ""),
             )
 
 
