@@ -393,6 +393,8 @@ class Lane:
                     done = trial(place, victim, fault, self.rng)
                 except (AssertionError, subprocess.SubprocessError) as e:
                     done = Trial(victim, fault, [], None, skipped=f"{type(e).__name__}: {e}"[:300])
+                    with contextlib.suppress(AssertionError):  # an outage must not use up the other trials
+                        eventually(lambda: kubectl("get", "--raw", "/readyz", check=False) == "ok", 180, 2.0)
                 self.results.append(done)
                 line = json.dumps(asdict(done))
                 print(line, flush=True)
