@@ -308,6 +308,7 @@ def test_the_targets_deployment_is_deleted(stage: Stage, runs: list[Running], ki
     stage.is_clean(5)
 
 
+@pytest.mark.req("RX-04")
 @pytest.mark.parametrize("kind", FAULTS)
 def test_the_pods_are_replaced(stage: Stage, runs: list[Running], kind: str) -> None:
     line = stage.line()
