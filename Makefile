@@ -58,6 +58,7 @@ cluster: setup
 	MLCHAOS_IMAGE_TOOL=$(MLCHAOS_CLUSTER)/image manifests/platform/build-image
 	kubectl apply -k manifests/kubernetes
 	kubectl apply -k manifests/platform
+	kubectl apply -n mlplatform -k manifests/rbac/namespace
 	kubectl rollout status -n mlchaos-system deployment --timeout 120s
 	kubectl rollout status -n mlplatform deployment --timeout 240s
 

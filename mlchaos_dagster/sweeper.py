@@ -32,6 +32,7 @@ from mlchaos_dagster.kube.client import NAME, Cluster, Conflict
 from mlchaos_dagster.kube.lease_objects import Head, identity, now
 from mlchaos_dagster.kube.leases import SWEEPER, ClusterLedger, collection
 from mlchaos_dagster.kube.objects import text
+from mlchaos_dagster.kube.reach import REACHES, Reach
 from mlchaos_dagster.kube.refs import Ref
 
 TICK_S = 1.0
@@ -63,7 +64,7 @@ class Heart:
 
     def __init__(self, cluster: Cluster, namespace: str, holder: str, clock: Clock, ttl_s: float) -> None:
         self.cluster, self.namespace, self.holder, self.clock, self.ttl_s = cluster, namespace, holder, clock, ttl_s
-        self._path = f"{collection(namespace)}/{SWEEPER}"
+        self._path, self._reach = f"{collection(namespace)}/{SWEEPER}", Reach(cluster, clock)
         self._beat_at, self._seen, self._seen_at = float("-inf"), "", float("-inf")
 
     @property
@@ -111,6 +112,7 @@ class Heart:
             "name": SWEEPER,
             "namespace": self.namespace,
             "labels": {labels.MANAGED_BY: labels.OURS, labels.COMPONENT: "sweeper"},
+            "annotations": {REACHES: self._reach.told()},
         }
         if version:
             metadata["resourceVersion"] = version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.kubernetes import preflight, rivals
 from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
-from mlchaos_dagster.engine.ports import Objection
+from mlchaos_dagster.engine.ports import Clock, Objection
+from mlchaos_dagster.errors import DriverUnavailable
+from mlchaos_dagster.kube import reach
 from mlchaos_dagster.kube.client import Cluster, Forbidden, Permission, Site
 from mlchaos_dagster.kube.refs import Ref
 
@@ -238,3 +241,27 @@ def test_what_changed_during_the_baseline_is_seen_right_before_the_fault() -> No
     assert again(closed) == ["namespace ml has not opted in to faults"]
     assert "0 of the 2 pods" in again(Paper([pod("a"), pod("b", ready=False), pod("c", ready=False)]))[0]
     assert "carries the fault" in again(Paper([pod("a", lease="x"), pod("b"), pod("c")]))[0]
+
+
+def test_a_namespace_where_the_sweeper_could_take_nothing_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "_TOLD_WITHIN_S", -1.0)
+    cluster = Paper(PODS)
+    heart: dict[str, Any] = {"metadata": {"annotations": {reach.REACHES: "other ml"}}}
+    cluster.places["/apis/coordination.k8s.io/v1/namespaces/mlchaos-system/leases/mlchaos-sweeper"] = heart
+    assert asked(cluster) == []
+    heart["metadata"]["annotations"][reach.REACHES] = "other ml-2"
+    (said,) = asked(cluster)
+    assert said.endswith("it could not take the fault away | kubectl apply -n ml -k manifests/rbac/namespace")
+
+
+def test_the_sweeper_tells_where_it_may_mend_and_forgets_nothing_in_an_outage() -> None:
+    cluster, now = Paper([]), [0.0]
+    names = [{"metadata": {"name": n}} for n in ("b", "a", "unbound")]
+    cluster.places["/api/v1/namespaces"] = names
+    cluster.allowed = lambda permission: permission.namespace != "unbound"  # type: ignore[method-assign]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    told = reach.Reach(cast(Cluster, cluster), cast(Clock, clock))
+    assert told.told() == "a b"
+    cluster.places["/api/v1/namespaces"] = DriverUnavailable("away")
+    now[0] += 100
+    assert told.told() == "a b"

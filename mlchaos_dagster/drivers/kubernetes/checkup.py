@@ -13,7 +13,7 @@ from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.drivers.kubernetes.handler import Request
 from mlchaos_dagster.drivers.kubernetes.leftovers import Leftover
 from mlchaos_dagster.errors import ConfigError, DriverError
-from mlchaos_dagster.kube import leases
+from mlchaos_dagster.kube import leases, reach
 from mlchaos_dagster.kube.address import connect
 from mlchaos_dagster.kube.client import Forbidden, Site
 from mlchaos_dagster.kube.labels import OPT_IN
@@ -138,10 +138,19 @@ def _sweeper(site: Site, environment: Environment) -> Iterator[Point]:
         if text(site.cluster.get(path), "metadata", "resourceVersion") != text(before, "metadata", "resourceVersion"):
             pod = text(before, "spec", "holderIdentity").partition("/")[0]
             yield Point("sweeper", "ok", f"its heart beats ({pod})")
+            yield from _reach(site, environment)
             return
         time.sleep(0.5)
     logs = f"kubectl logs -n {site.options.control_namespace} deployment/{SWEEPER}"
     yield Point("sweeper", "missing", f"no heartbeat within {_HEART_S:g} s", logs)
+
+
+def _reach(site: Site, environment: Environment) -> Iterator[Point]:
+    spaces = {t.kubernetes.namespace or site.options.namespace for t in _on_cluster(environment).values()}
+    for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces)):
+        if site.cluster.get(f"/api/v1/namespaces/{name}") is not None:
+            bind = f"kubectl apply -n {name} -k manifests/rbac/namespace"
+            yield Point("sweeper", "missing", f"it has no rights in namespace {name}, or that has not opted in", bind)
 
 
 def _lever(site: Site, environment: Environment) -> Iterator[Point]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from mlchaos_dagster.drivers.kubernetes import rivals
 from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
 from mlchaos_dagster.engine.ports import Objection
-from mlchaos_dagster.kube import leases
+from mlchaos_dagster.kube import leases, reach
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.labels import LEASE, OPT_IN
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text, words
@@ -36,6 +36,7 @@ def objections(site: Site, request: Request, handler: Handler) -> Iterator[Objec
     yield from missing
     if closed or missing:  # what follows would only repeat it, or could not be read
         return
+    yield from _within_reach(site, request)
     pods = _pods(site, request)
     yield from _untouched(request, pods)
     yield from _ready(site, request, pods)
@@ -101,6 +102,16 @@ def refused(site: Site, needed: Iterable[Permission]) -> Iterator[tuple[str, str
         verbs = [p.verb for p in those]
         where = f" in {those[0].namespace}" if those[0].namespace else ""
         yield those[0].namespace, f"{', '.join(verbs)} {those[0].resource}{where}", those[0].rule_of(*verbs)
+
+
+def _within_reach(site: Site, request: Request) -> Iterator[Objection]:
+    """The last ring must hold there, too."""
+    spaces = {ref.namespace for ref in request.refs if ref.namespace}
+    for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces)):
+        yield Objection(
+            f"the sweeper has no rights in namespace {name}: it could not take the fault away",
+            f"kubectl apply -n {name} -k manifests/rbac/namespace",
+        )
 
 
 def _pods(site: Site, request: Request) -> dict[str, Object]:
