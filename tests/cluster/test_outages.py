@@ -17,6 +17,7 @@ import yaml
 from tests.cluster import machines
 from tests.cluster.api_proxy import ApiProxy, api_proxy  # noqa: F401  a fixture
 from tests.cluster.conftest import deploy, eventually, kubectl, objects, pods, ready
+from tests.cluster.rights import Rights
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_sweeper import (
     TTL_S,
@@ -326,13 +327,21 @@ def test_the_pods_are_replaced(stage: Stage, runs: list[Running], kind: str) -> 
 
 
 def test_the_namespace_is_deleted(
-    stage: Stage, runs: list[Running], cluster: Any, context: str, kubeconfig: str, tmp_path: Path
+    stage: Stage,
+    runs: list[Running],
+    rights: Rights | None,
+    cluster: Any,
+    context: str,
+    kubeconfig: str,
+    tmp_path: Path,
 ) -> None:
     """The target's own, while leases and the sweeper are elsewhere."""
     target = f"{stage.namespace}-t"
     kubectl("create", "namespace", target)
     try:
         kubectl("label", "namespace", target, "mlchaos.dev/allow=true", "mlchaos.dev/test=true")
+        if rights:
+            rights.admit(target)
         deploy(target, replicas=REPLICAS)
         address = objects("services", target)[0]["spec"]["clusterIP"]
         written = environment(
