@@ -35,6 +35,7 @@ for _ in range(count):
         print(f"{time.monotonic() - start:.4f}")
     except OSError as e:
         print("no", type(e).__name__)
+    time.sleep(0.02)  # thirty at once run over the server's queue of five, and what is refused there comes again after a second
 """
 KEPT_OPEN = """
 import socket, sys
@@ -183,8 +184,7 @@ def test_loss_loses_that_fraction(client: Client, faulting: Faulting, driver: Ku
     assert 0.06 <= slow <= 0.36, tries
     driver.recover(lease)
     after = client.connects(30)
-    # One may be slow on a busy machine; of 30 through the fault at most one would be, once in a hundred tests.
-    assert sum(t is None or t > 0.9 for t in after) <= 1, after
+    assert all(t is not None and t < 0.9 for t in after), after
 
 
 @pytest.mark.req("RX-01")
