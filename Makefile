@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The end-to-end tests mostly wait; more workers than cores would make their probes late.
 WORKERS ?= 2
 
-.PHONY: help setup demo dev check test cluster test-cluster teeth kills outcomes bench clean
+.PHONY: help setup demo dev check test cluster test-cluster test-nodes teeth kills outcomes bench clean
 
 # What a run needs, and what its developers need: `make demo` does not wait for the second.
 RUN_STAMP := .venv/.set-up
@@ -63,11 +63,14 @@ cluster: setup
 	kubectl rollout status -n mlplatform deployment --timeout 240s
 
 # Takes any cluster that `make cluster` was run on. The tests make namespaces of their own and leave nothing behind; our client has
-# the shipped rights there, and no others (RIGHTS=admin: those of the kubeconfig). Tests that add and kill nodes run after the others, where
-# MLCHAOS_CLUSTER has a `node` command: a node that dies takes CPU and calm from everybody.
+# the shipped rights there, and no others (RIGHTS=admin: those of the kubeconfig).
 test-cluster: setup
 	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make test-cluster'; exit 2; }
 	$(BIN)/python -m pytest -m "cluster and not nodes" -n $(WORKERS) --dist loadfile --timeout 300 tests/cluster
+
+# Adds, kills, cuts off and revives nodes: only where MLCHAOS_CLUSTER has a `node` command, and one at a time.
+test-nodes: setup
+	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make test-nodes'; exit 2; }
 	MLCHAOS_CLUSTER=$(MLCHAOS_CLUSTER) $(BIN)/python -m pytest -m "cluster and nodes" --timeout 300 tests/cluster
 
 teeth: setup

@@ -22,6 +22,7 @@ from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_sweeper import (
     TTL_S,
     all_ready,
+    bind,
     open_leases,
     sweeper,  # noqa: F401  a fixture
 )
@@ -342,6 +343,7 @@ def test_the_namespace_is_deleted(
         kubectl("label", "namespace", target, "mlchaos.dev/allow=true", "mlchaos.dev/test=true")
         if rights:
             rights.admit(target)
+        bind(target, stage.namespace)
         deploy(target, replicas=REPLICAS)
         address = objects("services", target)[0]["spec"]["clusterIP"]
         written = environment(

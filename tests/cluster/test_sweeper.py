@@ -51,6 +51,12 @@ def install(namespace: str) -> None:
     kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": found}))
 
 
+def bind(namespace: str, sweeper: str) -> None:
+    """Give the sweeper that is installed in `sweeper` its rights in another namespace."""
+    subject = f"--serviceaccount={sweeper}:mlchaos-sweeper"
+    kubectl("create", "rolebinding", "reach", "-n", namespace, f"--clusterrole=mlchaos-recovery-{sweeper}", subject)
+
+
 @pytest.fixture
 def sweeper(namespace: str) -> Iterator[str]:
     """A running sweeper; its namespace."""
