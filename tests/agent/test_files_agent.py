@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlchaos_dagster.agent import files
-from mlchaos_dagster.drivers.kubernetes.faults.model_file import _mount
+from mlchaos_dagster.drivers.kubernetes.faults.model_volume import _mount
 from mlchaos_dagster.drivers.s3_damage import damaged
 
 CONTENT = bytes(range(256)) * 64
