@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlchaos_dagster.agent import files
-from mlchaos_dagster.drivers.kubernetes.faults.model_volume import _mount
+from mlchaos_dagster.drivers.kubernetes.faults.model_volume import mount_of
 from mlchaos_dagster.drivers.s3_damage import damaged
 
 CONTENT = bytes(range(256)) * 64
@@ -101,5 +101,5 @@ def test_what_could_not_be_given_back_is_unfit(model: Path) -> None:
 )
 def test_where_a_file_is_on_its_volume(mounts: list[dict[str, str]], expected: tuple[str, str] | None) -> None:
     """A wrong answer would have the original looked for in the wrong place when the service does not start any more."""
-    found = _mount({"volumeMounts": mounts}, "/models/a/m.bin")
+    found = mount_of(None, {"volumeMounts": mounts}, "/models/a/m.bin")
     assert (found and (found["name"], found["below"])) == expected
