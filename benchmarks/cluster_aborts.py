@@ -3,7 +3,7 @@
     KUBECONFIG=… python -m benchmarks.cluster_aborts [--n 20] [--kinds KIND…] [--out FILE]
 
 Every trial is the engine with everything real behind it, on the platform of `make cluster`: guards, leases in both ledgers,
-fault, breach (a limit on latency that any answer breaks), recovery, proof. Afterwards everything that carries a label or mark of
+fault, a word to stop two seconds after it was made, recovery, proof. Afterwards everything that carries a label or mark of
 ours is looked for, by a list that knows no ledger.
 """
 
@@ -61,7 +61,6 @@ def experiment(kind: str) -> Experiment:
             "blast_radius": {"count": 1},
             "duration": "60s",
             "steady_state": [{"sli": "availability", "at_least": "1%"}],
-            "abort": [{"sli": "latency_p50", "above": "0.01ms", "for": "1s"}],
         }
     )
 
@@ -85,8 +84,24 @@ def surroundings(home: Path, kubeconfig: str, **kubernetes: Any) -> tuple[Settin
 
 
 def trial(found: Settings, environment: Environment, kind: str) -> RunRecord:
-    run = wiring.build_run(experiment(kind), environment, found, run_id=f"bench-{uuid.uuid4().hex[:12]}")
+    word = Word()
+    run_id = f"bench-{uuid.uuid4().hex[:12]}"
+    run = wiring.build_run(experiment(kind), environment, found, run_id=run_id, stops=[word], progress=word.told)
     return run_experiment(run)
+
+
+class Word:
+    """A stop source: somebody says stop two seconds after the fault was made."""
+
+    def __init__(self) -> None:
+        self.at = float("inf")
+
+    def told(self, kind: str, data: dict[str, Any]) -> None:
+        if kind == "moment" and data["name"] == "injected":
+            self.at = time.monotonic() + 2.0
+
+    def requested(self) -> tuple[str, str] | None:
+        return ("stop", "the bench says so") if time.monotonic() >= self.at else None
 
 
 def seconds(record: RunRecord) -> dict[str, float | None]:

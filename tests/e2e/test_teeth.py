@@ -30,5 +30,7 @@ def test_every_experiment_of_the_library_names_its_mechanism() -> None:
     from mlchaos_dagster.catalog import Catalog
     from mlchaos_dagster.domain.spec import Experiment
 
+    # Their mechanisms are parts of a cluster (budgets, zones, replicas): taken away by overlays of manifests/platform.
+    clusters_only = {"node-drain-serving", "zone-failure-serving", "feature-store-scale-to-zero", "dns-failure-gateway"}
     last = {e.name if isinstance(e, Experiment) else e.stage_names[-1] for e in Catalog().written()}
-    assert last - {"gpu-memory-hog"} == {e.name for e, _ in cells()}
+    assert last - {"gpu-memory-hog"} - clusters_only == {e.name for e, _ in cells()}
