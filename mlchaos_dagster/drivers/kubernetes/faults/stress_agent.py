@@ -102,7 +102,7 @@ class Agent:
         stream = site.cluster.open_exec(ref.namespace, ref.name, container, command, stdin=True)
         try:
             stream.write("".join(self.sources))
-        except BaseException:
+        except BaseException:  # also an interrupt: what nobody holds must not wait in the container
             stream.close()
             raise
         return stream

@@ -130,7 +130,7 @@ def _begun(
         for stream in holding.streams.values():
             stream.write("go\n")
         _hear(lease, holding.streams, "", step, _ARMED_S)
-    except BaseException:
+    except BaseException:  # also an interrupt: an armed program ends with its stream
         holding.close()
         raise
     return holding
