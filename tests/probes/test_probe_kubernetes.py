@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -224,24 +225,36 @@ def test_a_network_that_swallows_everything_is_a_gap_though_the_watch_stays_open
 
 
 def test_nothing_is_told_before_an_answer_that_was_asked_for_later(running: Callable[..., Running]) -> None:
+    first_question, over = threading.Event(), threading.Event()
+
+    class Late(Api):
+        def list_at(self, path: str, *, labels: str = "", fields: str = "") -> tuple[list[Object], str]:
+            first_question.wait(10)  # whatever the threads' order: nothing is read before the first question
+            return super().list_at(path, labels=labels, fields=fields)
+
     class Slow(Api):
         answers: queue.Queue[None] = queue.Queue()
         asked = 0
 
         def get(self, path: str, **query: str) -> Object | None:
             self.asked += 1
-            self.answers.get(timeout=10)
+            first_question.set()
+            while not over.is_set():
+                with contextlib.suppress(queue.Empty):
+                    return self.answers.get(timeout=0.05) or {}
             return {}
 
     pulse = Slow()
-    signals = running(Api(pod("a")), pulse=pulse)
-    assert signals.is_silent()
-    pulse.answers.put(None)  # to a question from before anything was read
-    eventually(lambda: pulse.asked == 2, "the next question")
-    assert not signals.source.drain()
-    pulse.answers.put(None)
-    signals.until("ready_replicas", 1)
-    pulse.answers.put(None)
+    signals = running(Late(pod("a")), pulse=pulse)
+    try:
+        assert signals.is_silent()
+        pulse.answers.put(None)  # to a question from before anything was read
+        eventually(lambda: pulse.asked == 2, "the next question")
+        assert not signals.source.drain()
+        pulse.answers.put(None)
+        signals.until("ready_replicas", 1)
+    finally:
+        over.set()
 
 
 def test_a_permission_that_is_withdrawn_is_a_gap_and_names_the_rule(running: Callable[..., Running]) -> None:
