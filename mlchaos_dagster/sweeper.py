@@ -26,9 +26,9 @@ from mlchaos_dagster.engine.incidents import IncidentLog, Kind
 from mlchaos_dagster.engine.ports import Clock, Driver, SystemClock
 from mlchaos_dagster.engine.processes import current_owner
 from mlchaos_dagster.engine.sweep import OVERDUE_S, Drivers, RenewalObserver, SweepResult, sweep
-from mlchaos_dagster.errors import ConfigError, DriverError, DriverUnavailable, MlChaosError
+from mlchaos_dagster.errors import ConfigError, DriverError, MlChaosError
 from mlchaos_dagster.kube import labels
-from mlchaos_dagster.kube.client import NAME, Cluster, Conflict
+from mlchaos_dagster.kube.client import Cluster, Conflict
 from mlchaos_dagster.kube.lease_objects import Head, identity, now
 from mlchaos_dagster.kube.leases import SWEEPER, ClusterLedger, collection
 from mlchaos_dagster.kube.objects import text
@@ -295,14 +295,12 @@ class Events:
 
 def drivers(cluster: Cluster, namespace: str) -> Callable[[str, str], Driver]:
     """The driver of every lease of this cluster; what it needs to know of the environment is in the lease."""
-    from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
+    from mlchaos_dagster.drivers.every import of_cluster
 
-    driver: Driver = KubernetesDriver.at(cluster, Kubernetes(namespace=namespace, control_namespace=namespace))
+    options = Kubernetes(namespace=namespace, control_namespace=namespace)
 
     def find(name: str, environment: str) -> Driver:
-        if name != NAME:
-            raise DriverUnavailable(f"leases of {name} are not this sweeper's", driver=name)
-        return driver
+        return of_cluster(name, cluster, options)
 
     return find
 

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
+from mlchaos_dagster.domain.environment import ON_CLUSTERS
+from mlchaos_dagster.drivers.cluster import PLACES
 from mlchaos_dagster.engine.ports import (
     Budget,
     Driver,
@@ -47,10 +49,10 @@ DRIVERS = {
     "gpu": "mlchaos_dagster.drivers.gpu:GpuDriver",
     "features": "mlchaos_dagster.drivers.features:FeaturesDriver",
     "database": "mlchaos_dagster.drivers.database:DatabaseDriver",
-    "kubernetes": "mlchaos_dagster.drivers.kubernetes.driver:KubernetesDriver",
+    **{name: f"mlchaos_dagster.drivers.{place}" for name, place in PLACES.items()},
 }
 """Backend name → class. A class is built with the directory of the sandbox, or the file that says which cluster it is."""
-_ON_CLUSTERS = frozenset({"kubernetes"})
+
 SANDBOX_SIGNALS = (
     "ready_replicas",
     "running_replicas",
@@ -82,7 +84,7 @@ def driver(name: str, home: Home, environment: str) -> Driver:
         raise SpecError(f'no such backend "{name}". Allowed: {", ".join(DRIVERS)}', "backends")
     module, _, attribute = DRIVERS[name].partition(":")
     build = getattr(importlib.import_module(module), attribute)
-    return cast(Driver, build(home.cluster(environment) if name in _ON_CLUSTERS else home.sandbox(environment)))
+    return cast(Driver, build(home.cluster(environment) if name in ON_CLUSTERS else home.sandbox(environment)))
 
 
 def ledger(home: Home, environment: Environment | None = None) -> PairedLedger:
@@ -108,7 +110,7 @@ def ledger(home: Home, environment: Environment | None = None) -> PairedLedger:
             return known[name, namespace]
 
     def remote(lease: Lease) -> ClusterLedger | None:
-        if lease.driver not in _ON_CLUSTERS:
+        if lease.driver not in ON_CLUSTERS:
             return None
         options: dict[str, Any] = lease.undo.get("options") or {}  # as they were when it was opened
         return there(lease.environment, str(options.get("control_namespace", "")))
@@ -281,7 +283,7 @@ def build_run(
         watchdog = start_watchdog(
             home, run_id, owner, environment=environment.name, lease_ttl_s=environment.safety.lease_ttl
         )
-        return watchdog if pulse is None or backend not in _ON_CLUSTERS else PairedWatcher(watchdog, pulse)
+        return watchdog if pulse is None or backend not in ON_CLUSTERS else PairedWatcher(watchdog, pulse)
 
     kit = Kit(
         clock=clock,

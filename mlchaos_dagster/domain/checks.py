@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from mlchaos_dagster.domain.environment import VALUE_MEASURES, Environment
+from mlchaos_dagster.domain.environment import ON_CLUSTERS, VALUE_MEASURES, Environment
 from mlchaos_dagster.domain.faults import ON_LINKS, ON_OBJECTS
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
@@ -110,7 +110,7 @@ def is_offered(experiment: Experiment, environment: Environment) -> bool:
 def fits_objects(experiment: Experiment, environment: Environment) -> bool:
     """Whether the target is of a kind that the fault hits; true where it is no object of a cluster."""
     kind, target = experiment.fault.kind, environment.targets.get(experiment.target)
-    if target is None or environment.backend_for(kind) != "kubernetes":
+    if target is None or environment.backend_for(kind) not in ON_CLUSTERS:
         return True
     return target.kubernetes.kind in ON_OBJECTS.get(kind, ("Pod",))
 
@@ -193,7 +193,7 @@ class _Found:
         for i, action in enumerate(self.experiment.rollback.actions if self.experiment.rollback else ()):
             path: Path = ("rollback", "actions", i, action.kind, "target")
             backend, name = self.environment.backend_for(self.experiment.fault.kind), action.of.target
-            if backend not in (None, "kubernetes"):
+            if backend not in (None, *ON_CLUSTERS):
                 self.add(
                     path[:-1], f"backend {backend} takes no rollback actions. Allowed: none, or backend kubernetes."
                 )

@@ -43,6 +43,10 @@ SERVICE_PLACE = re.compile(r"\{service:(?P<namespace>[a-z0-9-]+)/(?P<name>[a-z0-
 """Stands for a Service of the cluster in a URL; the port by number or name."""
 
 
+ON_CLUSTERS = ("kubernetes", "litmus", "chaos_mesh")
+"""Backends that work on the cluster of `kubernetes:`; one target's faults may come from any of them."""
+
+
 class ItemRange(Model):
     """Bodies `{name: from}`, `{name: from + step}`, … up to and with `to`, in the place of a list."""
 
@@ -405,6 +409,8 @@ class Environment(Model):
     title: str = ""
     backends: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
     """Driver name → the fault kinds it serves here."""
+    prefer: str | None = None
+    """The backend that serves the kinds that it shares with another: one line moves them all."""
     targets: Annotated[dict[Name, Target], Field(min_length=1)]
     probe: RequestProbe
     slis: Annotated[dict[str, Sli], Field(min_length=1)]
@@ -426,8 +432,10 @@ class Environment(Model):
     @model_validator(mode="after")
     def _coherent(self) -> Environment:
         served: dict[str, str] = {}
-        if "kubernetes" in self.backends and self.kubernetes is None:
-            raise ValueError("backends: kubernetes needs kubernetes: {context: …, namespace: …}")
+        if self.kubernetes is None and (there := [b for b in ON_CLUSTERS if b in self.backends]):
+            raise ValueError(f"backends: {there[0]} needs kubernetes: {{context: …, namespace: …}}")
+        if self.prefer is not None and self.prefer not in self.backends:
+            raise ValueError(f"prefer: {self.prefer} is not among backends. Allowed: {', '.join(self.backends)}")
         urls = {"prometheus.url": self.prometheus.url if self.prometheus else "", "probe.url": self.probe.url}
         urls |= {f"targets.{n}.probe.url": t.probe.url for n, t in self.targets.items() if t.probe is not None}
         for where, url in urls.items():
@@ -441,8 +449,11 @@ class Environment(Model):
                 raise ValueError(f"kubernetes.metrics[{i}].signals: {unknown[0]} is not among signals")
         for backend, kinds in self.backends.items():
             for kind in kinds:
-                if kind in served:
-                    raise ValueError(f"backends: {kind} is served by both {served[kind]} and {backend}")
+                if kind in served and self.prefer not in (backend, served[kind]):
+                    raise ValueError(
+                        f"backends: {kind} is served by both {served[kind]} and {backend}. Allowed: one of them, or prefer: "
+                        f"{backend}"
+                    )
                 served[kind] = backend
         for name, sli in self.slis.items():
             if sli.query and self.prometheus is None:
@@ -485,7 +496,8 @@ class Environment(Model):
 
     def backend_for(self, kind: str) -> str | None:
         """The driver that serves a fault kind here, or None."""
-        return next((name for name, kinds in self.backends.items() if kind in kinds), None)
+        serving = [name for name, kinds in self.backends.items() if kind in kinds]
+        return self.prefer if self.prefer in serving else next(iter(serving), None)
 
     def scaled(self, duration_s: float) -> float:
         """The duration as it runs here."""

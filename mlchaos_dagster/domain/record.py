@@ -167,6 +167,16 @@ class ActionFacts(_Fact):
     """When it could not be undone: what undoes it."""
 
 
+class Finding(_Fact):
+    """What a backend judged by itself in its own fault: a probe of a ChaosEngine, the verdict of its ChaosResult."""
+
+    name: str
+    passed: bool | None
+    """None: the backend did not come to a judgement."""
+    saw: str
+    """Its own words: which probe, what it expected, what it found."""
+
+
 class RunRecord(_Fact):
     """The facts of one run."""
 
@@ -194,6 +204,8 @@ class RunRecord(_Fact):
     clean: CleanFacts | None = None
     actions: tuple[ActionFacts, ...] = ()
     """Rollback actions, in their order."""
+    findings: tuple[Finding, ...] = ()
+    """Of a backend that judges for itself, after a full window."""
     error: str = ""
     """An error of ours or of a backend, one line."""
     incidents: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlchaos_dagster.domain.environment import Target
-from mlchaos_dagster.domain.record import Evidence, RequestSample, SignalSample
+from mlchaos_dagster.domain.record import Evidence, Finding, RequestSample, SignalSample
 
 
 class Clock(Protocol):
@@ -149,6 +149,20 @@ class Acting(Protocol):
 
         Raises:
             DriverUnavailable: the backend could not be asked.
+        """
+        ...
+
+
+class Judging(Protocol):
+    """A driver whose backend has probes and a verdict of its own."""
+
+    def findings(self, lease: Lease, step: Step = no_step) -> tuple[Finding, ...]:
+        """What the backend judged. Called once, after a full window and before `recover`.
+
+        May wait, bounded by itself, for a backend that needs a moment after its fault; empty where it judges nothing.
+
+        Raises:
+            DriverUnavailable: it could not be asked.
         """
         ...
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mlchaos_dagster.domain.environment import KubernetesObjects, Target
+from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
 from mlchaos_dagster.drivers.kubernetes.faults import handler
-from mlchaos_dagster.drivers.kubernetes.handler import Injection
 from mlchaos_dagster.engine.ports import no_step
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.refs import Ref

@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes
+from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.kubernetes.faults import model_volume
 from mlchaos_dagster.drivers.kubernetes.faults.model_file import ModelCorruption
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import Agent
-from mlchaos_dagster.drivers.kubernetes.handler import Injection
 from mlchaos_dagster.engine.ports import no_step
 from mlchaos_dagster.errors import RecoverFailed
 from mlchaos_dagster.kube.client import Cluster, Site

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
-from mlchaos_dagster.drivers.kubernetes import preflight, rivals
-from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
+from mlchaos_dagster.drivers.cluster import preflight, rivals
+from mlchaos_dagster.drivers.cluster.handler import Handler, Request
 from mlchaos_dagster.engine.ports import Clock, Objection
 from mlchaos_dagster.errors import DriverUnavailable
 from mlchaos_dagster.kube import reach

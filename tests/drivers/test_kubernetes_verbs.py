@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
-from mlchaos_dagster.drivers.kubernetes import beside as module
-from mlchaos_dagster.drivers.kubernetes.beside import beside
+from mlchaos_dagster.drivers.cluster import beside as module
+from mlchaos_dagster.drivers.cluster.beside import beside
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import handler
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Step, no_step
 from mlchaos_dagster.errors import DriverUnavailable, Halted, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube.client import Cluster, Site

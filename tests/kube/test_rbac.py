@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
-from mlchaos_dagster.drivers.kubernetes import actions, preflight
+from mlchaos_dagster.drivers.cluster import preflight
+from mlchaos_dagster.drivers.cluster.handler import Handler, Request
+from mlchaos_dagster.drivers.kubernetes import actions
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
-from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
 from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import Cluster, Permission, Site
 from mlchaos_dagster.kube.refs import Ref
@@ -30,7 +31,7 @@ MIRRORS = f"{WATCHED} inferenceservices.serving.kserve.io"
 RUNNER: dict[str, dict[str, str]] = {
     "cluster": {
         "nodes": "list",  # probes/kubernetes_service.py: through which node a NodePort answers
-        "chaosengines.litmuschaos.io *.chaos-mesh.org": "list",  # drivers/kubernetes/rivals.py
+        "chaosengines.litmuschaos.io *.chaos-mesh.org": "list",  # drivers/cluster/rivals.py
     },
     "target": {
         MIRRORS: "list watch",  # probes/kubernetes.py

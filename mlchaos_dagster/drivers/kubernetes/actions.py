@@ -10,10 +10,10 @@ from datetime import datetime
 from typing import Any
 
 from mlchaos_dagster.domain.environment import Target
+from mlchaos_dagster.drivers.cluster.handler import Handler
+from mlchaos_dagster.drivers.cluster.preflight import is_ready
 from mlchaos_dagster.drivers.kubernetes.faults.pod_delete import PodDelete
 from mlchaos_dagster.drivers.kubernetes.faults.scale import Scaling, replicas_of
-from mlchaos_dagster.drivers.kubernetes.handler import Handler
-from mlchaos_dagster.drivers.kubernetes.preflight import is_ready
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.objects import Object, items, text
 from mlchaos_dagster.kube.refs import Ref

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from mlchaos_dagster.agent.network_plan import short_name
-from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.engine.ports import Lease, Step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed
 from mlchaos_dagster.kube.client import NAME, ApiRefused, ExecResult, ExecStream, Site

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlchaos_dagster.domain.environment import Environment, Target
-from mlchaos_dagster.drivers.kubernetes import leftovers, preflight
+from mlchaos_dagster.drivers.cluster import preflight
+from mlchaos_dagster.drivers.cluster.handler import Request
+from mlchaos_dagster.drivers.kubernetes import leftovers
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
-from mlchaos_dagster.drivers.kubernetes.handler import Request
 from mlchaos_dagster.drivers.kubernetes.leftovers import Leftover
 from mlchaos_dagster.errors import ConfigError, DriverError
 from mlchaos_dagster.kube import leases, reach

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from mlchaos_dagster.drivers.cluster.handler import Injection
+from mlchaos_dagster.drivers.every import of_cluster
 from mlchaos_dagster.drivers.kubernetes import leftovers
-from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
 from mlchaos_dagster.drivers.kubernetes.faults import handler
-from mlchaos_dagster.drivers.kubernetes.handler import Injection
 from mlchaos_dagster.drivers.kubernetes.leftovers import Leftover
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ports import Clock, Driver, Lease, Owner, no_step
@@ -113,7 +113,7 @@ class Cleaner:
 
     def _sweep(self) -> list[SweepResult]:
         def build(name: str, environment: str) -> Driver:
-            return KubernetesDriver.at(self.site.cluster, self.site.options)
+            return of_cluster(name, self.site.cluster, self.site.options)
 
         observer = RenewalObserver(self.ledger, self.clock, self.site.options.sweeper_ttl)
         return sweep(

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import cast
 
-from mlchaos_dagster.drivers.kubernetes.handler import Handler
+from mlchaos_dagster.drivers.cluster.handler import Handler
 
 _HERE = "mlchaos_dagster.drivers.kubernetes.faults"
 PLACES = {

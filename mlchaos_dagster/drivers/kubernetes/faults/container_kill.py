@@ -17,8 +17,8 @@ from importlib.resources import files
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Permission, Site

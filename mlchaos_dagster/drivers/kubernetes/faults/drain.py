@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.labels import COMPONENT, OPT_IN
 from mlchaos_dagster.kube.objects import Object, items, mapping, text

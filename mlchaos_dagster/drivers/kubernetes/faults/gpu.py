@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
 from mlchaos_dagster.errors import InjectFailed, RecoverFailed
 from mlchaos_dagster.kube import leases

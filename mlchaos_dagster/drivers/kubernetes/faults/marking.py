@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import InjectFailed
 from mlchaos_dagster.kube.client import NAME, Site

@@ -16,7 +16,8 @@ from contextlib import suppress
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import model_volume, stress_holding
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     Agent,
@@ -30,7 +31,6 @@ from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     unfit,
     value,
 )
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Objection, Step, no_step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube.client import NAME, Permission, Site

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import container_id, container_of, is_running
 from mlchaos_dagster.kube.client import Forbidden, Site
 from mlchaos_dagster.kube.objects import Object, items, text

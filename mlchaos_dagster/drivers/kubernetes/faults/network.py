@@ -16,9 +16,10 @@ from typing import Any
 
 from mlchaos_dagster.agent.network_plan import MOST_PORTS, Plan
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import agents, frozen
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.drivers.kubernetes.faults import network_links, network_policy
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step, no_step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube import leases

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from mlchaos_dagster.drivers.kubernetes import agents, frozen
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
-from mlchaos_dagster.drivers.kubernetes.preflight import selects
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.preflight import selects
+from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.engine.ports import Objection
 from mlchaos_dagster.errors import DriverError, InjectFailed
 from mlchaos_dagster.kube import leases

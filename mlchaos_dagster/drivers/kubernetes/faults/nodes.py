@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.frozen import UNDO, marked_by, read
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.preflight import is_ready, selects
 from mlchaos_dagster.drivers.kubernetes.faults import drain
 from mlchaos_dagster.drivers.kubernetes.faults.drain import load
 from mlchaos_dagster.drivers.kubernetes.faults.marking import put_on, take_off
-from mlchaos_dagster.drivers.kubernetes.frozen import UNDO, marked_by, read
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
-from mlchaos_dagster.drivers.kubernetes.preflight import is_ready, selects
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Forbidden, Permission, Site

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
-from mlchaos_dagster.drivers.kubernetes.preflight import selects
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.preflight import selects
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
 from mlchaos_dagster.errors import DriverError, InjectFailed, RecoverFailed, StoreError
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Permission, Site

@@ -27,9 +27,9 @@ from datetime import datetime
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
-from mlchaos_dagster.drivers.kubernetes.preflight import is_ready
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.preflight import is_ready
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError, InjectFailed
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Permission, Site

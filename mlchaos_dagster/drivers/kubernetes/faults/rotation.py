@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.drivers.cluster.frozen import UNDO, marked_by, read
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults.marking import put_on, take_off
-from mlchaos_dagster.drivers.kubernetes.frozen import UNDO, marked_by, read
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
 from mlchaos_dagster.errors import DriverError, InjectFailed, LeaseRefused
 from mlchaos_dagster.kube.client import NAME, Permission, Site

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.kubernetes import frozen
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import NAME, Conflict, NotFound, Permission, Site

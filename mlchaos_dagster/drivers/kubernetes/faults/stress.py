@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import stress_holding
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     Agent,
@@ -29,7 +30,6 @@ from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
     unfit,
     value,
 )
-from mlchaos_dagster.drivers.kubernetes.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Objection, Step, no_step
 from mlchaos_dagster.errors import DriverError, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube.client import NAME, Permission, Site

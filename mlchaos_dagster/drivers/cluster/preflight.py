@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from mlchaos_dagster.drivers.kubernetes import rivals
-from mlchaos_dagster.drivers.kubernetes.handler import Handler, Request
+from mlchaos_dagster.drivers.cluster import rivals
+from mlchaos_dagster.drivers.cluster.handler import Handler, Request
 from mlchaos_dagster.engine.ports import Objection
 from mlchaos_dagster.kube import leases, reach
 from mlchaos_dagster.kube.client import Permission, Site

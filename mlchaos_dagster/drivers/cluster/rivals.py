@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlchaos_dagster.drivers.kubernetes.handler import Request
+from mlchaos_dagster.drivers.cluster.handler import Request
 from mlchaos_dagster.engine.ports import Objection
 from mlchaos_dagster.kube.client import Forbidden, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text, words
