@@ -27,6 +27,8 @@ from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.drivers.kubernetes import leftovers
 from mlchaos_dagster.engine.run import run_experiment
 from mlchaos_dagster.kube.client import Cluster
+from mlchaos_dagster.kube.objects import items, mapping, part, text
+from mlchaos_dagster.kube.refs import collection
 from mlchaos_dagster.settings import Home, Settings
 
 FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,6 +46,8 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "model_corruption": ("model-file", {}),
 }
 """Kind → target in the environment `cluster`, parameters."""
+WEARING = frozenset({"inference", "gateway", "feature-store"})
+"""`app` of the pods that these targets are."""
 
 
 def experiment(kind: str) -> Experiment:
@@ -104,6 +108,38 @@ class Word:
         return ("stop", "the bench says so") if time.monotonic() >= self.at else None
 
 
+WORN_OUT = 2
+"""A container that was restarted so often waits longer and longer for its next start: the bench takes a fresh pod."""
+
+
+def settle(cluster: Cluster, namespace: str, timeout_s: float = 180.0) -> None:
+    """Wait until every Deployment has all its replicas and every budget lets a pod go. Raises TimeoutError."""
+    base = f"/apis/apps/v1/namespaces/{namespace}/deployments"
+    budgets = f"/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets"
+    end, replaced = time.monotonic() + timeout_s, False
+    while True:
+        short = [
+            text(d, "metadata", "name")
+            for d in cluster.list(base)
+            if part(d, "status", "readyReplicas") != part(d, "spec", "replicas")
+            or part(d, "status", "unavailableReplicas")
+        ]
+        short += [
+            text(b, "metadata", "name") for b in cluster.list(budgets) if not part(b, "status", "disruptionsAllowed")
+        ]
+        if not short and replaced:
+            return
+        if not replaced:
+            replaced = True
+            for pod in cluster.list(collection("pod", namespace)):
+                counts = [int(part(c, "restartCount") or 0) for c in items(pod, "status", "containerStatuses")]
+                if max(counts, default=0) >= WORN_OUT and mapping(pod, "metadata", "labels").get("app") in WEARING:
+                    cluster.delete(collection("pod", namespace) + "/" + text(pod, "metadata", "name"))
+        if time.monotonic() > end:
+            raise TimeoutError(f"not ready: {', '.join(short)}")
+        time.sleep(0.5)
+
+
 def seconds(record: RunRecord) -> dict[str, float | None]:
     at = {m.name: m.t for m in reversed(record.moments)}
     injected = at.get("injected", 0.0) - at["inject_requested"] if "inject_requested" in at else None
@@ -129,7 +165,8 @@ def main() -> None:
             aborts: list[float] = []
             injects: list[float] = []
             wrong: list[str] = []
-            while len(aborts) + len(wrong) < options.n:
+            while len(aborts) < options.n and len(wrong) < options.n:
+                settle(cluster, environment.kubernetes.namespace)
                 record = trial(found, environment, kind)
                 took = seconds(record)
                 left = [
@@ -140,7 +177,6 @@ def main() -> None:
                     refused = [f"{g.name}: {g.saw}" for g in record.guards if not g.passed]
                     wrong.append("; ".join(refused or left or [str(record.abort or record.error or "no abort")]))
                     print(f"{kind}: {wrong[-1]}", file=sys.stderr, flush=True)
-                    time.sleep(5)
                     continue
                 aborts.append(took["abort_s"])
                 injects.append(took["inject_s"] or 0.0)
