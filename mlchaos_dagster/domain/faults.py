@@ -6,9 +6,9 @@ A new fault is one class here, one handler in a driver and one YAML.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mlchaos_dagster.domain.units import Duration, DurationOrZero, Fraction, Size
 
@@ -324,6 +324,55 @@ class ModelChaos(FaultBase):
         }
 
 
+class LitmusEngine(FaultBase):
+    """A team's own ChaosEngine of one experiment, run by Litmus (`mlchaos import` writes it)."""
+
+    kind: Literal["litmus_engine"]
+    engine: dict[str, Any]
+    """The `spec` of the ChaosEngine, plus its `annotations` and `labels`. Name, targets and duration are set by us."""
+
+    @field_validator("engine")
+    @classmethod
+    def _one(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        entries = engine.get("experiments")
+        if not isinstance(entries, list):
+            raise ValueError("experiments is missing. Allowed: a list of one experiment, such as [{name: pod-delete}]")
+        found = cast("list[Any]", entries)
+        if len(found) != 1:
+            raise ValueError(f"experiments has {len(found)} entries. Allowed: one; `mlchaos import` splits an engine")
+        if not isinstance(found[0], dict) or not isinstance(cast("dict[str, Any]", found[0]).get("name"), str):
+            raise ValueError("experiments[0].name is missing. Allowed: a name of Litmus, such as pod-delete")
+        return engine
+
+    def params(self) -> dict[str, Any]:
+        """`engine`: plain JSON."""
+        return {"engine": self.engine}
+
+
+class ChaosMeshResource(FaultBase):
+    """A team's own Chaos Mesh resource, run by Chaos Mesh (`mlchaos import` writes it)."""
+
+    kind: Literal["chaos_mesh_resource"]
+    resource: dict[str, Any]
+    """Its `kind`, such as NetworkChaos, and its `spec`. Name, selected pods and duration are set by us."""
+
+    @field_validator("resource")
+    @classmethod
+    def _shape(cls, resource: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(set(resource) - {"kind", "spec", "annotations", "labels"}):
+            raise ValueError(f"{unknown[0]} is no such field. Allowed: kind, spec, annotations, labels")
+        kind = resource.get("kind")
+        if not isinstance(kind, str) or not kind.endswith("Chaos"):
+            raise ValueError("kind is not that of a fault of Chaos Mesh. Allowed: such as NetworkChaos")
+        if not isinstance(resource.get("spec"), dict):
+            raise ValueError("spec is missing. Allowed: the spec of the resource")
+        return resource
+
+    def params(self) -> dict[str, Any]:
+        """`resource`: plain JSON."""
+        return {"resource": self.resource}
+
+
 Fault = Annotated[
     PodDelete
     | PodFailure
@@ -353,7 +402,9 @@ Fault = Annotated[
     | NodeDrain
     | ZoneFailure
     | DnsFailure
-    | GpuMemoryHog,
+    | GpuMemoryHog
+    | LitmusEngine
+    | ChaosMeshResource,
     Field(discriminator="kind"),
 ]
 
@@ -369,6 +420,7 @@ ON_OBJECTS: dict[str, tuple[str, ...]] = {
     "credential_rotation": ("Secret",),
     "certificate_rotation": ("Secret",),
     "gpu_memory_hog": ("Pod", "Node"),
+    "litmus_engine": ("Pod", "Node"),
 }
 """Kind → kinds of Kubernetes objects that it hits; all others hit pods."""
 
@@ -390,9 +442,34 @@ MOMENTARY = frozenset({"bad_model", "container_kill", "certificate_rotation", "c
 `pod_delete` without an interval is one, too."""
 
 
+BROUGHT = {"litmus_engine": "litmus", "chaos_mesh_resource": "chaos_mesh"}
+"""Faults that a team brings along as another tool's resource → the backend that runs it."""
+
+_ONE_SHOTS = frozenset({"pod-kill", "container-kill", "ec2-restart", "vm-restart", "node-reset"})
+"""Actions of Chaos Mesh that are done at once and never taken back."""
+
+
 def is_held(kind: str, params: Mapping[str, Any]) -> bool:
     """Whether the fault lasts as long as its window (else: an act, over when it fired)."""
-    return kind not in MOMENTARY and not (kind == "pod_delete" and not params.get("interval_s"))
+    if kind == "pod_delete":
+        return bool(params.get("interval_s"))
+    if kind == "litmus_engine":
+        return not _kills_once(params["engine"]["experiments"][0])
+    if kind == "chaos_mesh_resource":
+        return params["resource"]["spec"].get("action") not in _ONE_SHOTS
+    return kind not in MOMENTARY
+
+
+def _kills_once(entry: Mapping[str, Any]) -> bool:
+    """Litmus kills again every `CHAOS_INTERVAL`, and where none is given by its own default: 5 s or 10 s."""
+    if entry["name"] not in ("pod-delete", "container-kill"):
+        return False
+    given: dict[str, str] = {}
+    components = cast("dict[str, Any]", cast("dict[str, Any]", entry.get("spec") or {}).get("components") or {})
+    for pair in cast("list[dict[str, Any]]", components.get("env") or []):
+        given[str(pair.get("name"))] = str(pair.get("value"))
+    interval, duration = given.get("CHAOS_INTERVAL", ""), given.get("TOTAL_CHAOS_DURATION", "")
+    return interval.isdecimal() and duration.isdecimal() and int(interval) >= int(duration)
 
 
 ALIASES = {

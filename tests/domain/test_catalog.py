@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlchaos_dagster.catalog import SHIPPED, Catalog
-from mlchaos_dagster.domain.faults import ON_OBJECTS
+from mlchaos_dagster.domain.faults import BROUGHT, ON_OBJECTS
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.errors import SpecError
 
@@ -142,7 +142,7 @@ def test_a_fault_that_is_not_for_that_kind_of_object_is_found_without_asking_the
 def test_which_objects_a_fault_hits_is_what_its_handler_says() -> None:
     for kind in PLACES:
         assert {k.lower() for k in ON_OBJECTS.get(kind, ("Pod",))} == handler(kind).kinds, kind
-    assert ON_OBJECTS.keys() <= PLACES.keys()
+    assert ON_OBJECTS.keys() <= PLACES.keys() | BROUGHT
 
 
 def test_a_library_that_is_not_there() -> None:
