@@ -368,6 +368,19 @@ class PodMetrics(Model):
     """Name among the environment's `signals` → how it is read; `{}` where the series has the same name."""
 
 
+class ChaosMesh(Model):
+    """How the backend `chaos_mesh` works here."""
+
+    system_namespace: str = "chaos-mesh"
+    """Where its controller and its daemons run. Its chart is often installed into `chaos-testing`."""
+    inject_within: Duration = 30.0
+    """From our resource to the last target that Chaos Mesh says it has injected. Longer: the inject failed. 30 s: a daemon
+    that must start a helper takes seconds, and Chaos Mesh tries again for ever."""
+    recover_within: Duration = 6.0
+    """For so long Chaos Mesh may take the fault away itself; then we do what can be done at the target. It takes a second
+    or two; `safety.recover_timeout` (15 s) bounds the whole."""
+
+
 class Kubernetes(Model):
     """The cluster of an environment. Nothing but this context, and in it only namespaces that opted in, is touched."""
 
@@ -399,6 +412,8 @@ class Kubernetes(Model):
     """Bound of one call to the API server."""
     metrics: tuple[PodMetrics, ...] = ()
     """Signals beyond what the cluster itself tells, read from the pods."""
+    chaos_mesh: ChaosMesh = ChaosMesh()
+    """Of the backend of that name."""
 
 
 class Environment(Model):

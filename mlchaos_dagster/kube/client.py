@@ -197,9 +197,12 @@ class Cluster:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def create(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A new object in a collection (or a subresource such as `…/eviction`). Raises Conflict: it is there already."""
-        return self._json("POST", path, {}, body)
+    def create(self, path: str, body: Mapping[str, Any], **query: str) -> dict[str, Any]:
+        """A new object in a collection (or a subresource such as `…/eviction`). Raises Conflict: it is there already.
+
+        With `dryRun="All"` it is only asked whether it would be taken.
+        """
+        return self._json("POST", path, query, body)
 
     def replace(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The whole object; its `resourceVersion` is the fence. Raises Conflict: somebody changed it."""
