@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,7 +21,22 @@ from mlchaos_dagster.kube.refs import Ref
 
 NODE = {"metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}
 CHAOS_KINDS = {
-    "resources": [{"name": "podchaos", "kind": "PodChaos", "verbs": ["list"]}, {"name": "schedules", "verbs": ["list"]}]
+    "resources": [
+        {"name": name, "kind": kind, "verbs": ["list"]}
+        for name, kind in {
+            "podchaos": "PodChaos",
+            "podnetworkchaos": "PodNetworkChaos",
+            "schedules": "Schedule",
+            "workflows": "Workflow",
+        }.items()
+    ]
+}
+
+LITMUS_KINDS = {
+    "resources": [
+        {"name": "chaosengines", "kind": "ChaosEngine", "verbs": ["list"]},
+        {"name": "chaosschedules", "kind": "ChaosSchedule", "verbs": ["list"]},
+    ]
 }
 
 
@@ -185,7 +201,7 @@ def test_chaos_mesh_on_the_target(theirs: dict[str, Any], at_work: bool) -> None
 )
 def test_a_litmus_engine_on_the_target(status: str, at_work: bool) -> None:
     cluster = Paper(PODS)
-    cluster.places["/apis/litmuschaos.io/v1alpha1"] = {"resources": []}
+    cluster.places["/apis/litmuschaos.io/v1alpha1"] = LITMUS_KINDS
     engine = {
         "metadata": {"name": "theirs", "namespace": "litmus"},
         "spec": {"appinfo": {"appns": "ml"}, "engineState": "active"},
@@ -197,10 +213,114 @@ def test_a_litmus_engine_on_the_target(status: str, at_work: bool) -> None:
 
 def test_chaos_that_may_not_be_seen_is_not_taken_for_absent() -> None:
     cluster = Paper(PODS)
-    cluster.places["/apis/litmuschaos.io/v1alpha1"] = {"resources": []}
+    cluster.places["/apis/litmuschaos.io/v1alpha1"] = LITMUS_KINDS
     cluster.places["/apis/litmuschaos.io/v1alpha1/chaosengines"] = Forbidden("no", 403)
     (said,) = asked(cluster)
     assert said.startswith("no permission to list chaosengines, which may be at work on the target | ClusterRole: ")
+
+
+OURS = {"app.kubernetes.io/managed-by": "mlchaos", "mlchaos.dev/lease": "mlchaos-a"}
+
+
+def test_what_an_open_lease_of_ours_made_is_no_rival_and_what_a_lost_one_left_is_told() -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/chaos-mesh.org/v1alpha1"] = CHAOS_KINDS
+    ours = chaos()
+    ours["metadata"]["labels"] = OURS
+    cluster.places["/apis/chaos-mesh.org/v1alpha1/podchaos"] = [ours]
+    told = "PodChaos chaos-testing/theirs was left by lease mlchaos-a, which is open no more | mlchaos clean"
+    assert asked(cluster) == [told]
+    cluster.places["/apis/coordination.k8s.io/v1/namespaces/mlchaos-system/leases/mlchaos-a"] = {"metadata": {}}
+    assert asked(cluster) == []
+
+
+def test_a_fault_that_a_deleted_resource_left_in_the_pod() -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/chaos-mesh.org/v1alpha1"] = CHAOS_KINDS
+    empty = {"metadata": {"namespace": "ml", "name": "a"}, "spec": {"iptables": None, "tcs": []}}
+    cluster.places["/apis/chaos-mesh.org/v1alpha1/podnetworkchaos"] = [empty]
+    assert asked(cluster) == []  # it stays, empty, after every NetworkChaos
+    empty["spec"] = {"iptables": [{"name": "x", "source": "ml/gone"}]}
+    assert asked(cluster) == ["ml/gone, which is deleted, has left its fault in pod ml/a | kubectl delete pod a -n ml"]
+    assert asked(cluster, hit=("b",)) == []
+
+
+NIGHTLY = {"metadata": {"name": "nightly", "namespace": "ml"}}
+
+
+@pytest.mark.parametrize(
+    ("cron", "selector", "near"),
+    [
+        ("*/10 * * * *", {}, True),
+        ("*/10 * * * *", {"namespaces": ["elsewhere"]}, False),
+        ("30 2 * * *", {}, False),
+        ("0 15 9 * * 1-5", {}, True),  # with seconds; it is a Monday, 9 o'clock
+        ("15 9 * * sat,sun", {}, False),
+        ("15 9 13 * fri", {}, False),
+        ("15 9 2 * fri", {}, True),  # cron: the day of the month or the day of the week
+        ("CRON_TZ=Asia/Tokyo 30 18 * * *", {}, True),
+        ("CRON_TZ=Asia/Tokyo 30 9 * * *", {}, False),
+        ("@daily", {}, False),
+        ("@every 2h", {}, True),
+        ("at noon", {}, True),  # what nobody understands may be now
+    ],
+)
+def test_a_schedule_that_may_start_chaos_on_the_target(
+    monkeypatch: pytest.MonkeyPatch, cron: str, selector: dict[str, Any], near: bool
+) -> None:
+    monkeypatch.setattr(rivals, "_now", lambda: datetime(2026, 11, 2, 9, 0, 30, tzinfo=timezone.utc))
+    cluster = Paper(PODS)
+    cluster.places["/apis/chaos-mesh.org/v1alpha1"] = CHAOS_KINDS
+    schedule = NIGHTLY | {"spec": {"schedule": cron, "type": "PodChaos", "podChaos": {"selector": selector}}}
+    cluster.places["/apis/chaos-mesh.org/v1alpha1/schedules"] = [schedule]
+    said = asked(cluster)
+    assert [o.partition(" | ")[0] for o in said] == (
+        ["Schedule ml/nightly may start chaos on the target within the hour"] if near else []
+    )
+    schedule["metadata"] = NIGHTLY["metadata"] | {"annotations": {"experiment.chaos-mesh.org/pause": "true"}}
+    assert asked(cluster) == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "near"),
+    [
+        ({"now": True}, True),
+        ({"once": {"executionTime": "2026-11-02T09:30:00Z"}}, True),
+        ({"once": {"executionTime": "2026-11-02T11:30:00Z"}}, False),
+        ({"repeat": {"properties": {"minChaosInterval": {"hour": {"everyNthHour": 8}}}}}, True),
+        ({"repeat": {"workHours": {"includedHours": "2-4"}}}, False),
+        ({"repeat": {"workDays": {"includedDays": "Mon,Tue"}}}, True),
+        ({"repeat": {"workDays": {"includedDays": "Sat,Sun"}}}, False),
+        ({"repeat": {"timeRange": {"endTime": "2026-11-01T00:00:00Z"}}}, False),
+    ],
+)
+def test_a_litmus_schedule_that_may_start_an_engine(
+    monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], near: bool
+) -> None:
+    monkeypatch.setattr(rivals, "_now", lambda: datetime(2026, 11, 2, 9, 0, 30, tzinfo=timezone.utc))
+    cluster = Paper(PODS)
+    cluster.places["/apis/litmuschaos.io/v1alpha1"] = LITMUS_KINDS
+    template = {"appinfo": {"appns": "ml"}}
+    schedule = NIGHTLY | {"spec": {"schedule": plan, "engineTemplateSpec": template}}
+    cluster.places["/apis/litmuschaos.io/v1alpha1/chaosschedules"] = [schedule]
+    assert len(asked(cluster)) == near
+    schedule["spec"]["scheduleState"] = "halt"
+    assert asked(cluster) == []
+
+
+@pytest.mark.parametrize(("accomplished", "namespace"), [("True", "ml"), ("False", "elsewhere"), ("False", "ml")])
+def test_a_workflow_that_runs_may_start_more(accomplished: str, namespace: str) -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/chaos-mesh.org/v1alpha1"] = CHAOS_KINDS
+    inner = {"templateType": "StressChaos", "stressChaos": {"selector": {"namespaces": [namespace]}}}
+    workflow = {
+        "metadata": {"name": "day", "namespace": "chaos-testing"},
+        "spec": {"templates": [{"templateType": "Serial"}, inner]},
+        "status": {"conditions": [{"type": "Accomplished", "status": accomplished}]},
+    }
+    cluster.places["/apis/chaos-mesh.org/v1alpha1/workflows"] = [workflow]
+    at_work = ["Workflow chaos-testing/day is at work on the target | its end, or its deletion"]
+    assert asked(cluster) == (at_work if (accomplished, namespace) == ("False", "ml") else [])
 
 
 def test_controllers_that_put_an_object_back_are_told_apart_from_people() -> None:

@@ -4,6 +4,7 @@ driver.py     the engine's verbs, dispatched to the handler of the fault's kind
 handler.py    what one fault kind must be able to do
 preflight.py  guards that hold for every kind
 rivals.py     who else is at work on a target
+planned.py    chaos of others that starts by itself
 frozen.py     the frozen object and no other
 beside.py     a verb that waits, beside the engine's loop
 """
