@@ -152,8 +152,9 @@ class S3Location(Model):
 class KubernetesObjects(Model):
     """Where a target's objects are in the cluster; `select` is their label selector."""
 
-    kind: Literal["Pod", "Deployment", "StatefulSet", "Job", "Node", "Secret"] = "Pod"
-    """What is hit. `scale_to_zero` wants workloads, drains want nodes, rotations want secrets, all others pods."""
+    kind: Literal["Pod", "Deployment", "StatefulSet", "Job", "Node", "Secret", "Rollout"] = "Pod"
+    """What is hit. `scale_to_zero` wants workloads, drains want nodes, rotations want secrets, `bad_model` wants Argo
+    Rollouts, all others pods."""
     namespace: str = ""
     """Empty: `kubernetes.namespace` of the environment. Nodes have none."""
     container: str = ""
@@ -166,6 +167,10 @@ class KubernetesObjects(Model):
     """`credential_rotation`: the key of the Secret whose value is replaced. Who verifies accepts `KEY.previous`, too."""
     ca: str = ""
     """`certificate_rotation`: name of the Secret with the CA that signs (`ca.crt` and `ca.key`, or `tls.crt` and `tls.key`)."""
+    version_variable: str = ""
+    """`bad_model`: the variable in the Rollout's container that says which model version is served."""
+    bad_version: str = ""
+    """`bad_model`: its value that brings the worse version."""
     replicas: str = ""
     """Label selector of the pods whose number is told (`ready_replicas` and its like). Empty: the target's own pods; of
     nodes and secrets, which have none, all pods of the namespace but those of jobs."""
@@ -381,6 +386,27 @@ class ChaosMesh(Model):
     or two; `safety.recover_timeout` (15 s) bounds the whole."""
 
 
+class Litmus(Model):
+    """How the backend `litmus` works here."""
+
+    namespace: str = ""
+    """Where our ChaosEngines are, and with them the ChaosExperiments and the service account; empty: the target's own."""
+    service_account: Annotated[str, Field(min_length=1)] = "litmus-admin"
+    """As which experiments run. A brought ChaosEngine keeps its own `chaosServiceAccount`."""
+    operator_namespace: str = ""
+    """Where the chaos operator runs; empty: it is looked for in all namespaces."""
+    inject_within: Duration = 120.0
+    """From our ChaosEngine to the effect at every target. Longer: the inject failed. Litmus itself needs ten seconds, the
+    first pull of its images more. `RAMP_TIME` of a brought engine is added."""
+    recover_within: Duration = 4.0
+    """For so long the operator may do what a stop or a deletion asks for; then we do it. It takes a second."""
+    grace: Annotated[Duration, Field(ge=30)] = 30.0
+    """`terminationGracePeriodSeconds` of experiments and helpers, which undo their fault in it. Litmus's own default for
+    helpers is 0 seconds, which leaves faults behind."""
+    env: dict[str, str] = {}
+    """Further variables of every experiment, such as CONTAINER_RUNTIME, SOCKET_PATH or LIB_IMAGE."""
+
+
 class Kubernetes(Model):
     """The cluster of an environment. Nothing but this context, and in it only namespaces that opted in, is touched."""
 
@@ -413,6 +439,8 @@ class Kubernetes(Model):
     metrics: tuple[PodMetrics, ...] = ()
     """Signals beyond what the cluster itself tells, read from the pods."""
     chaos_mesh: ChaosMesh = ChaosMesh()
+    """Of the backend of that name."""
+    litmus: Litmus = Litmus()
     """Of the backend of that name."""
 
 

@@ -198,7 +198,7 @@ def _plan(injection: Injection, ref: Ref) -> Plan:
         spare=tuple(own["spare"]),
         families=tuple(own["families"]),
         probes=tuple(undo["probes"]),
-        only_look=undo["mode"] == "policy",
+        only_look=undo["mode"] != "agent",
     )
     return replace(plan, **{k: params[k] for k in ("latency_s", "jitter_s", "fraction") if k in params})
 
