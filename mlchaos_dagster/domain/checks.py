@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from mlchaos_dagster.domain.environment import ON_CLUSTERS, VALUE_MEASURES, Environment
-from mlchaos_dagster.domain.faults import ON_LINKS, ON_OBJECTS
+from mlchaos_dagster.domain.faults import ACTS_ON, ON_LINKS, ON_OBJECTS
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
 from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
@@ -201,7 +201,7 @@ class _Found:
                 self.add(path, self._here(unknown("target", name, self.environment.targets)))
             else:
                 kind = self.environment.targets[name].kubernetes.kind
-                fits = ("Deployment", "StatefulSet") if action.kind == "scale_up" else ("Pod",)
+                fits = ACTS_ON[action.kind]
                 if kind not in fits:
                     what = f"{action.kind} is not for a {kind}, which {name} is in {self.environment.name}."
                     self.add(path, f"{what} Allowed: a target of kind {' or '.join(fits)}.")

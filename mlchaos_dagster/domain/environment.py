@@ -378,8 +378,8 @@ class ChaosMesh(Model):
 
     system_namespace: str = "chaos-mesh"
     """Where its controller and its daemons run. Its chart is often installed into `chaos-testing`."""
-    inject_within: Duration = 30.0
-    """From our resource to the last target that Chaos Mesh says it has injected. Longer: the inject failed. 30 s: a daemon
+    inject_within: Duration = 20.0
+    """From our resource to the last target that Chaos Mesh says it has injected. Longer: the inject failed. 20 s: a daemon
     that must start a helper takes seconds, and Chaos Mesh tries again for ever."""
     recover_within: Duration = 6.0
     """For so long Chaos Mesh may take the fault away itself; then we do what can be done at the target. It takes a second

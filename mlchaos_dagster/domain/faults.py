@@ -164,7 +164,7 @@ class ModelCorruption(FaultBase):
 
 
 class BadModel(FaultBase):
-    """Promote a worse but well-formed version in the model registry."""
+    """Promote a worse but well-formed version: in the model registry, or as the new version of an Argo Rollout."""
 
     kind: Literal["bad_model"]
 
@@ -420,9 +420,18 @@ ON_OBJECTS: dict[str, tuple[str, ...]] = {
     "credential_rotation": ("Secret",),
     "certificate_rotation": ("Secret",),
     "gpu_memory_hog": ("Pod", "Node"),
+    "bad_model": ("Rollout",),
     "litmus_engine": ("Pod", "Node"),
 }
 """Kind → kinds of Kubernetes objects that it hits; all others hit pods."""
+
+ACTS_ON: dict[str, tuple[str, ...]] = {
+    "scale_up": ("Deployment", "StatefulSet"),
+    "restart_unhealthy": ("Pod",),
+    "abort_rollout": ("Rollout",),
+    "resume_rollout": ("Rollout",),
+}
+"""Rollback action → kinds of Kubernetes objects that it is for."""
 
 ON_LINKS = frozenset(
     {

@@ -247,29 +247,57 @@ class RestartUnhealthy(Model):
         return {"after_s": self.after, "interval_s": None, "signal": "term"}
 
 
+class AbortRollout(Model):
+    """Take back the version that an Argo Rollout is shipping: all traffic goes to the stable one. An act: not undone."""
+
+    target: Name
+    """A logical target that is Rollouts in the environment; those that ship nothing are left alone."""
+
+    def params(self) -> dict[str, Any]:
+        """As drivers take them."""
+        return {}
+
+
+class ResumeRollout(Model):
+    """Let an Argo Rollout go on that waits in a pause. An act: not undone."""
+
+    target: Name
+    """A logical target that is Rollouts in the environment; those that do not wait are left alone."""
+    retry: bool = False
+    """Also those that were aborted: the version that was taken back is tried again."""
+
+    def params(self) -> dict[str, Any]:
+        """As drivers take them."""
+        return {"retry": self.retry}
+
+
 class RollbackAction(Model):
     """One thing to do for a service that the fault's removal alone does not bring back."""
 
     scale_up: ScaleUp | None = None
     restart_unhealthy: RestartUnhealthy | None = None
+    abort_rollout: AbortRollout | None = None
+    resume_rollout: ResumeRollout | None = None
 
     @model_validator(mode="after")
     def _one(self) -> RollbackAction:
-        if (self.scale_up is None) == (self.restart_unhealthy is None):
-            raise ValueError("needs exactly one of scale_up, restart_unhealthy")
+        if len(self._given()) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(type(self).model_fields)}")
         return self
 
     @property
     def kind(self) -> str:
         """Its name."""
-        return "scale_up" if self.scale_up else "restart_unhealthy"
+        return self._given()[0]
 
     @property
-    def of(self) -> ScaleUp | RestartUnhealthy:
+    def of(self) -> ScaleUp | RestartUnhealthy | AbortRollout | ResumeRollout:
         """What it is."""
-        action = self.scale_up or self.restart_unhealthy
-        assert action is not None
+        action: ScaleUp | RestartUnhealthy | AbortRollout | ResumeRollout = getattr(self, self.kind)
         return action
+
+    def _given(self) -> list[str]:
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
 
 class RollbackSpec(Model):

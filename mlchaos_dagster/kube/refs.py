@@ -19,6 +19,7 @@ PATHS = {
     "deployment": "/apis/apps/v1/namespaces/{namespace}/deployments",
     "statefulset": "/apis/apps/v1/namespaces/{namespace}/statefulsets",
     "job": "/apis/batch/v1/namespaces/{namespace}/jobs",
+    "rollout": "/apis/argoproj.io/v1alpha1/namespaces/{namespace}/rollouts",
     "node": "/api/v1/nodes",
     "secret": "/api/v1/namespaces/{namespace}/secrets",
     "configmap": "/api/v1/namespaces/{namespace}/configmaps",

@@ -6,11 +6,13 @@ from typing import Any
 
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.errors import DriverUnavailable
-from mlchaos_dagster.kube.client import NAME, Permission, Site
+from mlchaos_dagster.kube.client import NAME, NotFound, Permission, Site
 from mlchaos_dagster.kube.objects import text
 from mlchaos_dagster.kube.refs import Ref, collection
 
 _OVER = ("Succeeded", "Failed")
+_INSTALL = {"rollout": "Argo Rollouts is not installed (docs/rollouts.md)"}
+"""Kind that is somebody's extension → what to do where it is missing."""
 
 
 def near(select: str) -> str:
@@ -41,7 +43,11 @@ def select(site: Site, target: Target) -> list[Ref]:
         raise DriverUnavailable(
             f'"{target.select}" selects everything. Allowed: labels, such as app=inference', driver=NAME
         )
-    return [Ref.of(kind, found) for found in matching(site, kind, namespace_of(site, target), labels)]
+    try:
+        return [Ref.of(kind, found) for found in matching(site, kind, namespace_of(site, target), labels)]
+    except NotFound as e:
+        said = f"the cluster knows no {target.kubernetes.kind}; {_INSTALL.get(kind, 'is it the API server?')}"
+        raise DriverUnavailable(said, driver=NAME) from e
 
 
 def permission_to(verb: str, kind: str, namespace: str) -> Permission:

@@ -20,6 +20,7 @@ from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text
 from mlchaos_dagster.kube.refs import collection
 from mlchaos_dagster.kube.selecting import near
+from mlchaos_dagster.probes import kubernetes_rollouts
 from mlchaos_dagster.probes.kubernetes_pods import Owner, PodBook, owner_of
 from mlchaos_dagster.probes.kubernetes_watch import Api, Changed, Mirror
 
@@ -28,7 +29,9 @@ WORKLOAD_SIGNALS = ("desired_replicas",)
 AUTOSCALER_SIGNALS = ("hpa_replicas",)
 JOB_SIGNALS = ("job_active", "job_succeeded", "job_failed")
 MODEL_SIGNALS = ("isvc_ready",)
-SIGNALS = (*POD_SIGNALS, *WORKLOAD_SIGNALS, *AUTOSCALER_SIGNALS, *JOB_SIGNALS, *MODEL_SIGNALS)
+ROLLOUT_SIGNALS = kubernetes_rollouts.SIGNALS
+"""Of a target that is Argo Rollouts."""
+SIGNALS = (*POD_SIGNALS, *WORKLOAD_SIGNALS, *AUTOSCALER_SIGNALS, *JOB_SIGNALS, *MODEL_SIGNALS, *ROLLOUT_SIGNALS)
 """Everything that is known here by name."""
 _RECOVERY = frozenset({"ready_replicas", "running_replicas", "lost_replicas"})
 """Told whenever pods are looked at: a recovery is split by them (judgement/comeback.py)."""
@@ -87,6 +90,7 @@ class KubernetesSignals:
         self._last: dict[str, float] = {}
         self._held = False
         self._book = PodBook()
+        self._rollouts = kubernetes_rollouts.RolloutBook()
         self._named: set[Owner] = set()
         self._pods: list[Mirror] = []
         self._groups: list[tuple[Sequence[Mirror], Callable[[], dict[str, float]]]] = []
@@ -172,6 +176,13 @@ class KubernetesSignals:
             path = f"/apis/serving.kserve.io/v1beta1/namespaces/{self.namespace}/inferenceservices"
             models = self._mirror("", path=path)
             add(([models], lambda: self._models(models)))
+        if self.target is not None and self.target.kubernetes.kind == "Rollout":
+            rollouts = self._mirror("rollout", labels=near(self.target.select))
+            if names & set(WORKLOAD_SIGNALS):
+                add(([rollouts], lambda: _wanted(rollouts)))
+            if names & set(ROLLOUT_SIGNALS):
+                sets = self._mirror("", path=f"/apis/apps/v1/namespaces/{self.namespace}/replicasets")
+                add(([rollouts, sets], lambda: self._rollouts.values(rollouts.objects(), sets.objects())))
 
     def _mirrors(self) -> list[Mirror]:
         with self._lock:
@@ -269,6 +280,11 @@ class KubernetesSignals:
         names = self._book.models
         found = [one for one in models.objects() if not names or one["metadata"]["name"] in names]
         return {"isvc_ready": float(all(serves(one) for one in found))} if found else {}
+
+
+def _wanted(rollouts: Mirror) -> dict[str, float]:
+    found = rollouts.objects()
+    return {"desired_replicas": kubernetes_rollouts.wanted(found)} if found else {}
 
 
 def serves(isvc: Object) -> bool:

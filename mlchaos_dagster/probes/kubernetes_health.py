@@ -13,7 +13,7 @@ from mlchaos_dagster.kube.selecting import is_there, near
 from mlchaos_dagster.probes.kubernetes import written
 from mlchaos_dagster.probes.kubernetes_pods import Owner, is_ready, owner_of
 
-_WORKLOADS = {"Deployment": "deployment", "StatefulSet": "statefulset"}
+_WORKLOADS = {"Deployment": "deployment", "StatefulSet": "statefulset", "Rollout": "rollout"}
 
 
 def replicas_ready(cluster: Cluster, options: Kubernetes, targets: Iterable[Target]) -> tuple[float, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text
+from mlchaos_dagster.kube.rollouts import HASH as ROLLOUT_HASH
 
 _OVER = ("Succeeded", "Failed")
 SERVED_BY = "serving.kserve.io/inferenceservice"
@@ -20,7 +21,7 @@ class Owner:
     """The workload that a pod belongs to."""
 
     kind: str
-    """`Deployment`, `StatefulSet`, `Job`, or what else the controller is."""
+    """`Deployment`, `StatefulSet`, `Rollout`, `Job`, or what else the controller is."""
     name: str
 
 
@@ -50,9 +51,10 @@ def owner_of(pod: Object) -> Owner | None:
         if not reference.get("controller"):
             continue
         kind, name = str(reference.get("kind")), str(reference.get("name"))
-        made_of = text(pod, "metadata", "labels", "pod-template-hash")
-        if kind == "ReplicaSet" and made_of and name.endswith(f"-{made_of}"):
-            return Owner("Deployment", name.removesuffix(f"-{made_of}"))
+        for label, workload in (("pod-template-hash", "Deployment"), (ROLLOUT_HASH, "Rollout")):
+            made_of = text(pod, "metadata", "labels", label)
+            if kind == "ReplicaSet" and made_of and name.endswith(f"-{made_of}"):
+                return Owner(workload, name.removesuffix(f"-{made_of}"))
         return Owner(kind, name)
     return None
 

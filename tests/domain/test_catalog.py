@@ -73,7 +73,7 @@ def test_an_unknown_name_tells_the_nearest() -> None:
         Catalog().experiment("serving-pod-failur")
     with pytest.raises(SpecError, match='no suite "smok". Did you mean "smoke"?'):
         Catalog().suite("smok")
-    with pytest.raises(SpecError, match='no environment "prod". Allowed: cluster, sandbox'):
+    with pytest.raises(SpecError, match='no environment "prod". Allowed: cluster, rollouts, sandbox'):
         Catalog().environment("prod")
 
 

@@ -38,6 +38,7 @@ RUNNER: dict[str, dict[str, str]] = {
         "deployments.apps statefulsets.apps": "get",  # probes/kubernetes_health.py
         "services": "get",  # probes/kubernetes_service.py
         "pods replicasets.apps": "get",  # kube/kin.py
+        "rollouts.argoproj.io replicasets.apps": "list watch",  # probes/kubernetes.py, kubernetes_rollouts.py
         "networkpolicies.networking.k8s.io": "get list create delete",  # faults/network_policy.py
     },
     "control": {"pods": "get"},  # faults/nodes.py: on which node this run itself is
@@ -57,6 +58,7 @@ SWEEPER: dict[str, dict[str, str]] = {
         "secrets": "get patch",  # faults/rotation.py, recover
         "deployments.apps statefulsets.apps": "get patch",  # faults/scale.py, recover
         "replicasets.apps": "list patch",
+        "rollouts.argoproj.io": "get patch",  # faults/bad_model.py, recover
         "networkpolicies.networking.k8s.io": "get delete",  # faults/network_policy.py, remove and standing
         "events": "create",  # sweeper.py, Events
     },

@@ -12,8 +12,10 @@ from typing import Any
 from mlchaos_dagster.domain.environment import Target
 from mlchaos_dagster.drivers.cluster.handler import Handler
 from mlchaos_dagster.drivers.cluster.preflight import is_ready
+from mlchaos_dagster.drivers.kubernetes import rollout_actions
 from mlchaos_dagster.drivers.kubernetes.faults.pod_delete import PodDelete
 from mlchaos_dagster.drivers.kubernetes.faults.scale import Scaling, replicas_of
+from mlchaos_dagster.drivers.kubernetes.rollout_actions import AbortRollout, ResumeRollout
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.objects import Object, items, text
 from mlchaos_dagster.kube.refs import Ref
@@ -32,7 +34,12 @@ class RestartUnhealthy(PodDelete):
     """Pods that do not become ready are deleted, with their own grace; their controllers bring others."""
 
 
-HANDLERS: dict[str, Handler] = {"scale_up": ScaleUp(), "restart_unhealthy": RestartUnhealthy()}
+HANDLERS: dict[str, Handler] = {
+    "scale_up": ScaleUp(),
+    "restart_unhealthy": RestartUnhealthy(),
+    "abort_rollout": AbortRollout(),
+    "resume_rollout": ResumeRollout(),
+}
 """Action → handler. (`params` of a restart: `after_s`, and PodDelete's `signal: term`.)"""
 
 
@@ -43,6 +50,8 @@ def affected(site: Site, kind: str, target: Target, params: dict[str, Any]) -> l
     if kind == "scale_up":
         below = [o for o in found if replicas_of(o) < int(params["at_least"])]
         return sorted(Ref.of(objects, o) for o in below)
+    if kind in ("abort_rollout", "resume_rollout"):
+        return sorted(Ref.of(objects, o) for o in found if rollout_actions.needs(kind, o, params))
     longest = sorted(found, key=_unready_since)
     since = time.time() - float(params["after_s"])
     return [Ref.of(objects, o) for o in longest if not is_ready(o) and _unready_since(o) <= since]

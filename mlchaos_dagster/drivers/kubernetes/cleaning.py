@@ -30,6 +30,7 @@ _MENDS = {
     "statefulset": ("scale_to_zero",),
     "node": ("node_drain",),
     "secret": ("credential_rotation",),
+    "rollout": ("bad_model",),
 }
 """Kind of a marked object → faults whose handlers take such marks off, from what the object itself says."""
 _GONE_S = 5.0

@@ -15,6 +15,7 @@ from mlchaos_dagster.kube.client import ApiRefused, Cluster
 from mlchaos_dagster.kube.labels import COMPONENT, LEASE, OPT_IN, OURS_SELECTOR
 from mlchaos_dagster.kube.objects import Object, items, text, words
 from mlchaos_dagster.kube.refs import PATHS, collection
+from mlchaos_dagster.kube.rollouts import GROUP
 
 HELPER_PREFIX = "mlchaos-"
 """Of the names of ephemeral containers."""
@@ -22,6 +23,8 @@ _EXTRA = re.compile(r"-c?\d{1,2}$")
 """What a second container of a lease in the same pod has more."""
 _MARKED = ("pod", "deployment", "statefulset", "secret")
 """Namespaced kinds that a fault changes in place."""
+_EXTENSIONS = {"rollout": f"/apis/{GROUP}/v1alpha1"}
+"""The same, of kinds that not every cluster knows → the API that knows them."""
 _SHADOWS = frozenset(
     {"events", "endpoints", "endpointslices", "replicasets", "controllerrevisions", "componentstatuses"}
 )
@@ -96,7 +99,8 @@ def _labelled(cluster: Cluster) -> Iterator[Leftover]:
 
 
 def _marked(cluster: Cluster, spaces: list[str]) -> Iterator[Leftover]:
-    places = [(kind, collection(kind, space)) for space in spaces for kind in _MARKED] + [("node", PATHS["node"])]
+    known = [*_MARKED, *(kind for kind, api in _EXTENSIONS.items() if cluster.get(api) is not None)]
+    places = [(kind, collection(kind, space)) for space in spaces for kind in known] + [("node", PATHS["node"])]
     for kind, path in places:
         for found in cluster.list(path):
             lease = text(found, "metadata", "annotations", LEASE)

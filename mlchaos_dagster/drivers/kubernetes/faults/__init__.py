@@ -23,6 +23,7 @@ PLACES = {
     "memory_stress": "stress:MemoryStress",
     "gpu_memory_hog": "gpu:GpuMemoryHog",
     "model_corruption": "model_file:ModelCorruption",
+    "bad_model": "bad_model:BadModel",
     "node_drain": "nodes:NodeDrain",
     "zone_failure": "nodes:ZoneFailure",
     "credential_rotation": "rotation:CredentialRotation",

@@ -104,8 +104,8 @@ class Scaling:
                 found = frozen.read(site, ref)  # what came in just before is seen now
             if found is not None and frozen.marked_by(found) == lease.id:
                 frozen.change(site, ref, lambda now, ref=ref: self._restore(site, ref, now, injection))
-            for copy in _copies(site, ref, lease.id):
-                _unmark(site, copy)
+            for copy in copies(site, ref, lease.id):
+                unmark(site, copy)
             step(0, 0)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
@@ -125,7 +125,7 @@ class Scaling:
             changed = (
                 "" if wanted in (goal, before) else f" (before the fault: {before}; somebody set others meanwhile)"
             )
-            copied = any(_copies(site, ref, injection.lease.id))
+            copied = any(copies(site, ref, injection.lease.id))
             present = present or ours or copied
             marked = "marked" if ours else "marks on its ReplicaSets" if copied else "not marked"
             lines.append(f"{ref.shown} wants {wanted} replicas and has {there}{changed}, {marked}")
@@ -171,9 +171,9 @@ def _keepers(found: Object) -> Iterator[str]:
             yield f"field manager {who}"
 
 
-def _copies(site: Site, ref: Ref, lease_id: str) -> Iterator[Object]:
-    """ReplicaSets of a Deployment that carry a mark of ours."""
-    if ref.kind != "deployment":
+def copies(site: Site, ref: Ref, lease_id: str) -> Iterator[Object]:
+    """ReplicaSets of a Deployment or Rollout that carry a mark of ours."""
+    if ref.kind not in ("deployment", "rollout"):
         return
     for found in site.cluster.list(f"/apis/apps/v1/namespaces/{ref.namespace}/replicasets"):
         notes = mapping(found, "metadata", "annotations")
@@ -182,8 +182,8 @@ def _copies(site: Site, ref: Ref, lease_id: str) -> Iterator[Object]:
             yield found
 
 
-def _unmark(site: Site, replica_set: Object) -> None:
-    """Of that uid, whatever its version: its controller changes it all the time, and nobody else writes our marks."""
+def unmark(site: Site, replica_set: Object) -> None:
+    """Take our marks off. Of that uid, whatever its version: its controller changes it all the time, and nobody else writes our marks."""
     meta = replica_set["metadata"]
     body = {"metadata": {"uid": meta["uid"], "annotations": dict.fromkeys(frozen.MARKS)}}
     try:
