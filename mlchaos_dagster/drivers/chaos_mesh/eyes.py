@@ -1,0 +1,54 @@
+"""Our own look at the pods, by what is done to them: Chaos Mesh's word is not taken for a fact, neither on nor off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.engine.ports import Objection, Step
+from mlchaos_dagster.kube.client import Permission, Site
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen at all frozen pods."""
+
+    present: bool
+    """Something of the fault is there."""
+    effective: bool
+    """Its effect was seen at every one."""
+    lines: tuple[str, ...]
+
+
+class Eyes(Protocol):
+    """One way to look. Nothing is kept between calls."""
+
+    def permissions(self, site: Site, request: Request) -> Iterable[Permission]:
+        """What looking and mending ask of the API server."""
+        ...
+
+    def objections(self, site: Site, request: Request) -> Iterable[Objection]:
+        """Why nothing could be seen there."""
+        ...
+
+    def before(self, site: Site, request: Request, step: Step) -> dict[str, Any]:
+        """What is compared with later; part of the lease."""
+        ...
+
+    def open(self, site: Site, injection: Injection, step: Step) -> None:
+        """Get ready, before the fault."""
+        ...
+
+    def look(self, site: Site, injection: Injection) -> Seen:
+        """What is there now. Raises DriverUnavailable: it could not be seen."""
+        ...
+
+    def mend(self, site: Site, injection: Injection, step: Step) -> list[str]:
+        """Take away at the pods what Chaos Mesh could not; what was done. May do nothing."""
+        ...
+
+    def close(self, site: Site, injection: Injection, step: Step) -> None:
+        """Nothing more is to be looked at: leave the pods, and leave word of the last look there."""
+        ...
