@@ -1,7 +1,7 @@
 """A network fault in this network namespace: `python3 -m mlchaos_dagster.agent.network VERB …`.
 
-    keep PLAN      prepare the fault, wait for `go`, keep it until its end (the container's main process)
-    go LEASE       wait until it is prepared and say so; on the line `go` at standard input: begin
+    keep PLAN      wait to be told, prepare the fault, keep it until its end (the container's main process)
+    go LEASE       tell it to prepare, say when it is; on the line `go` at standard input: begin
     status LEASE   what the kernel holds and what a client sees, as JSON
     stop LEASE     end it, and say what is left, as JSON
     clean LEASE    take away what a dead agent left; says what is left (the main process of a cleaning container)
@@ -18,6 +18,8 @@ from typing import Any
 from mlchaos_dagster.agent.network_client import REACHED_S, ask
 
 VERBS = ("keep", "go", "status", "stop", "clean")
+_STARTS_S = 2.5
+"""How long `status` and `stop` wait for an agent whose container runs already: it opens its door first of all."""
 
 
 def keep(text: str) -> int:
@@ -42,7 +44,7 @@ def _say(said: dict[str, Any]) -> None:
 
 def go(lease: str) -> int:
     """In two steps, so that all pods are prepared before the first one begins."""
-    said = ask(lease, "status", REACHED_S)
+    said = ask(lease, "prepare", REACHED_S, REACHED_S)
     _say(said)
     if said.get("error") or said["phase"] != "prepared" or sys.stdin.readline().strip() != "go":
         return 1
@@ -80,7 +82,7 @@ def main(arguments: list[str]) -> int:
             return go(what)
         if verb == "clean":
             return clean(what)
-        said = ask(what, verb)
+        said = ask(what, verb, _STARTS_S)
         _say(said)
         return 1 if said.get("error") else 0
     except OSError as e:

@@ -9,7 +9,8 @@ from typing import Any
 
 REACHED_S = 12.0
 """Longest wait for an agent that starts up; in a pod with a tenth of a CPU it takes seconds."""
-_ANSWER_S = 4.0
+ANSWER_S = 4.0
+"""Longest wait for its answer."""
 
 
 def address(lease: str) -> str:
@@ -17,12 +18,12 @@ def address(lease: str) -> str:
     return f"\0mlchaos/{lease}"
 
 
-def ask(lease: str, word: str, reached_s: float = 0.0) -> dict[str, Any]:
+def ask(lease: str, word: str, reached_s: float = 0.0, answer_s: float = ANSWER_S) -> dict[str, Any]:
     """One word to the agent of a lease. Raises OSError: none is there (within `reached_s`), or it does not answer."""
     end = time.monotonic() + reached_s
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
-            s.settimeout(_ANSWER_S)
+            s.settimeout(answer_s)
             try:
                 s.connect(address(lease))
             except ConnectionRefusedError:

@@ -1,7 +1,8 @@
-"""The life of one network fault inside a pod: prepared → on → over, and its end in every case.
+"""The life of one network fault inside a pod: starting → prepared → on → over, and its end in every case.
 
-It ends at its deadline, on `stop`, on SIGTERM, when the process that holds the packets dies, and, if this process itself
-dies or stands still, by the kernel's own switch (network_rules.py).
+Until it is told to prepare it changes nothing: an agent that was withdrawn before it started leaves no trace. It ends
+at its deadline, on `stop`, on SIGTERM, when the process that holds the packets dies, and, if this process itself dies or
+stands still, by the kernel's own switch (network_rules.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mlchaos_dagster.agent.network_probe import Prober, effect
 from mlchaos_dagster.agent.network_queue import Delayer, Queue, Wander
 
 PREPARED_S = 30.0
-"""Without a `go` for this long the agent gives up: who prepared it is gone."""
+"""Without the next word (`prepare`, then `go`) for this long the agent gives up: who started it is gone."""
 LINGER_S = 15.0
 """It still answers for this long after its fault is over, so that the proof needs no container of its own."""
 _RENEW_S = 1.0
@@ -105,13 +106,18 @@ class Keeper:
         self.holder: Holder | None = None
         self.prober = Prober(plan, self._enough)
         self._renewed = 0.0
+        self._touched = False
+        """Whether the kernel may hold anything of this plan."""
         self._selector = selectors.DefaultSelector()
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Everything in place, nothing in effect. Raises RulesError."""
-        if not self.plan.only_look:
+        if self.phase != "starting":
+            return
+        self._touched = not self.plan.only_look
+        if self._touched:
             rules.remove(self.plan.lease, self.plan.families)
             if self.plan.kind == LATENCY:
                 self.holder = Holder(self.plan)
@@ -135,7 +141,7 @@ class Keeper:
         """The effect first, then the rules, then what is held. Idempotent. Raises RulesError: rules are left."""
         self.prober.stop()
         try:
-            if not self.plan.only_look:
+            if self._touched:
                 rules.remove(self.plan.lease, self.plan.families)
         finally:
             if self.holder is not None:
@@ -172,13 +178,23 @@ class Keeper:
     def answer(self, word: str) -> dict[str, Any]:
         """To one request on the control socket."""
         try:
-            if word == "go":
+            if word == "prepare":
+                self._prepare_or_end()
+            elif word == "go":
                 self.go()
             elif word == "stop":
                 self.end("stopped")
             return self.status()
         except rules.RulesError as e:
             return {"lease": self.plan.lease, "phase": self.phase, "error": str(e)}
+
+    def _prepare_or_end(self) -> None:
+        try:
+            self.prepare()
+        except rules.RulesError as e:
+            self.why = str(e)
+            self._end_anyhow()  # half of it may be in place
+            raise
 
     # -- loop -------------------------------------------------------------------------------------------------------
 
@@ -193,8 +209,8 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: signals.append(n))
         try:
-            self.prepare()
             door.listen(8)
+            self.until = time.monotonic() + PREPARED_S
             self._selector.register(door, selectors.EVENT_READ, lambda: self._serve(door))
             self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(64))
             while not signals and not (self.phase == "over" and time.monotonic() >= self.until):
@@ -216,8 +232,8 @@ class Keeper:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self.phase == "prepared" and now >= self.until:
-            self.end(f"nobody said go within {PREPARED_S:g} s")
+        if self.phase in ("starting", "prepared") and now >= self.until:
+            self.end(f"nobody said {'go' if self.phase == 'prepared' else 'prepare'} within {PREPARED_S:g} s")
         elif self.phase == "on" and now >= self.until:
             self.end("its deadline came")
         elif self.phase == "on" and now - self._renewed >= _RENEW_S:

@@ -7,7 +7,9 @@ import statistics
 import pytest
 
 from mlchaos_dagster.agent import network_queue as queue
+from mlchaos_dagster.agent import network_rules
 from mlchaos_dagster.agent.network_home import at_home, gateways, name_servers
+from mlchaos_dagster.agent.network_keeper import Keeper
 from mlchaos_dagster.agent.network_plan import Plan, short_name
 from mlchaos_dagster.agent.network_probe import Seen, effect
 from mlchaos_dagster.agent.network_rules import Counted, counted, met, removal, script
@@ -122,6 +124,32 @@ def test_the_pod_knows_its_name_servers_and_its_way_out() -> None:
         at_home(Plan(LEASE, "dns_failure", 9.0), "nameserver 127.0.0.1", routes, "")
     alone = at_home(Plan(LEASE, "network_isolation", 9.0, spare=("10.0.0.1",)), "nameserver 10.96.0.10", routes, "")
     assert alone.spare == ("10.0.0.1", "10.244.0.1") and alone.probes == ("dns:10.96.0.10",) and not alone.peers
+
+
+def test_an_agent_touches_the_kernel_only_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for verb in ("install", "remove", "renew"):
+        monkeypatch.setattr(network_rules, verb, lambda *_, verb=verb: done.append(verb))
+    monkeypatch.setattr(network_rules, "read", lambda *_: [])
+    plan = Plan(LEASE, "network_partition", 9.0)
+    early = Keeper(plan)
+    assert early.answer("status")["phase"] == "starting"
+    assert "is starting" in early.answer("go")["error"]
+    assert early.answer("stop")["phase"] == "over" and done == []
+    assert early.answer("prepare")["phase"] == "over" and "is over" in early.answer("go")["error"] and done == []
+    keeper = Keeper(plan)
+    assert keeper.answer("prepare")["phase"] == keeper.answer("prepare")["phase"] == "prepared"
+    assert done == ["remove", "install"] and keeper.answer("go")["phase"] == "on" and done[-1] == "renew"
+    assert keeper.answer("stop")["phase"] == "over" and done[-1] == "remove"
+
+    def fails(*_: object) -> None:
+        raise network_rules.RulesError("no such table")
+
+    monkeypatch.setattr(network_rules, "install", fails)
+    half = Keeper(plan)
+    done.clear()
+    said = half.answer("prepare")
+    assert said["error"] == "no such table" and said["phase"] == "over" and done == ["remove", "remove"]
 
 
 PROBE = "tcp:10.96.0.7:80"

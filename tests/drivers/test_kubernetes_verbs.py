@@ -13,10 +13,12 @@ from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Ta
 from mlchaos_dagster.drivers.cluster import beside as module
 from mlchaos_dagster.drivers.cluster.beside import beside
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.drivers.kubernetes.faults import handler
 from mlchaos_dagster.engine.ports import Step, no_step
 from mlchaos_dagster.errors import DriverUnavailable, Halted, InjectFailed, RecoverFailed
 from mlchaos_dagster.kube.client import Cluster, Site
+from mlchaos_dagster.kube.labels import LEASE
 from mlchaos_dagster.kube.refs import Ref
 from tests.kube.fake_api import Api
 from tests.kube.test_leases import a_lease
@@ -172,6 +174,71 @@ def test_a_pod_that_was_deleted_by_force_is_not_known_to_be_gone_while_its_node_
     assert not fault.active(where, over).present, "the agent's own deadline is over"
     away["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}
     assert not fault.active(where, lost).present, "the node is back, and its kubelet ends what is gone"
+
+
+# -- an agent that is being started ----------------------------------------------------------------------------------
+
+
+def starting(state: str = "waiting") -> tuple[Site, Api, Injection, dict[str, Any]]:
+    found = pod(annotations={LEASE: "mlchaos-a"}, resourceVersion="before")
+    found["spec"]["ephemeralContainers"] = [{"name": "mlchaos-a"}]
+    found["status"]["ephemeralContainerStatuses"] = [{"name": "mlchaos-a", "state": {state: {}}}]
+    where = site(found)
+    return where, cast(Api, where.cluster), injection("network_partition", {"mode": "agent", "far": ""}), found
+
+
+@pytest.mark.req("R1-03")
+def test_an_agent_that_was_withdrawn_before_it_ran_is_never_told_to_begin() -> None:
+    where, _, given, found = starting()
+    fault = handler("network_partition")
+    assert fault.active(where, given).present
+    fault.recover(where, given, no_step)  # nothing is executed in the pod: this API server has no exec
+    fault.recover(where, given, no_step)
+    evidence = fault.active(where, given)
+    assert not evidence.present and "withdrawn before it ran" in evidence.lines[0]
+    found["status"]["ephemeralContainerStatuses"][0]["state"] = {"running": {}}  # and then it starts
+    with pytest.raises(InjectFailed, match="recovered meanwhile"):
+        agents.arm(where, REF, given.lease, threading.Event())
+
+
+@pytest.mark.req("R1-03")
+@pytest.mark.parametrize("first", ["recover", "arm"])
+def test_of_arming_and_withdrawing_at_the_same_moment_one_wins(first: str) -> None:
+    """Each time the other one writes between reading and writing; the node's word is late, and still says `waiting`."""
+    where, api, given, found = starting()
+    told: list[bool] = []
+
+    def withdraw() -> None:
+        told.append(agents.withdraw(where, REF, given.lease))
+
+    def arm() -> None:
+        try:
+            agents.arm(where, REF, given.lease, threading.Event())
+            told.append(True)
+        except InjectFailed:
+            told.append(False)
+
+    sooner, later = (withdraw, arm) if first == "recover" else (arm, withdraw)
+    api.before[2] = sooner  # between the read and the write of the other one
+    later()
+    assert told == [True, False]
+    assert (agents.ARMED in found["metadata"]["annotations"]) == (first == "arm")
+    if first == "arm":
+        with pytest.raises(RecoverFailed, match="does not say what became"):
+            handler("network_partition").recover(where, given, no_step)
+        assert handler("network_partition").active(where, given).present
+
+
+def test_who_was_told_to_stop_starts_and_arms_nothing_more() -> None:
+    where, api, given, found = starting()
+    halted = threading.Event()
+    halted.set()
+    before = found["metadata"]["resourceVersion"]
+    with pytest.raises(InjectFailed, match="somebody said stop"):
+        agents.arm(where, REF, given.lease, halted)
+    with pytest.raises(InjectFailed, match="somebody said stop"):
+        agents.add(where, REF, {"name": "mlchaos-b"}, given.lease, halted)
+    assert found["metadata"]["resourceVersion"] == before
 
 
 @pytest.mark.parametrize("kind", ["pod_failure", "pod_delete"])

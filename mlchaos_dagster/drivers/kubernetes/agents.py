@@ -3,6 +3,10 @@
 A container is named after its lease. The API server takes a name once and never gives it back, so an agent that was
 taken away cannot be started again by a process that wakes up late. An ended one stays in the pod's spec: it is inert.
 What it left as its last words is read from the pod's status, without entering anything.
+
+An agent that runs is told to begin only by who has armed it: a mark on the pod, made by resource version while the
+lease's own mark is there. Taking that one off an agent that was not armed yet is by resource version, too. Of the two one
+wins, so an agent that was withdrawn before it ran never begins, and that is proven at the API server alone.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from mlchaos_dagster.kube.objects import Object, items, mapping, part, text
 from mlchaos_dagster.kube.refs import Ref
 
 T = TypeVar("T")
+ARMED = "mlchaos.dev/armed"
+"""Annotation: id of the lease whose agent in this pod may be told to begin."""
 EXEC_S = 5.0
 """Bound of one command in an agent's container."""
 _STUCK = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError")
@@ -117,15 +123,16 @@ def refused(site: Site, pod: Object, ref: Ref, admin: bool) -> str:
     return ""
 
 
-def add(site: Site, ref: Ref, made: Object, lease: Lease | None) -> None:
+def add(site: Site, ref: Ref, made: Object, lease: Lease | None, halted: threading.Event | None = None) -> None:
     """Start a container in the frozen pod, and mark the pod as the lease's while one is given.
 
     Raises:
-        InjectFailed: the pod is gone, carries another lease's fault, or had a container of this name already.
+        InjectFailed: the pod is gone, carries another lease's fault, or had a container of this name already; `halted`.
         LeaseRefused: the lease is not held.
     """
 
     def act(found: Object) -> None:
+        _go_on(ref, halted)
         if look(found, text(made, "name")).state != "absent":
             raise InjectFailed(f"{ref.shown} had its agent already: the lease was recovered", driver=NAME)
         if text(found, "metadata", "deletionTimestamp"):
@@ -141,17 +148,58 @@ def add(site: Site, ref: Ref, made: Object, lease: Lease | None) -> None:
         raise InjectFailed(f"{ref.shown} is gone", driver=NAME)
 
 
-def unmark(site: Site, ref: Ref, lease: Lease, labels: Sequence[str] = ()) -> None:
-    """Take the lease's mark (and labels of ours) off the pod."""
+def arm(site: Site, ref: Ref, lease: Lease, halted: threading.Event) -> None:
+    """From now on the agent, which runs, may be told to begin, and must be told to stop.
+
+    Raises:
+        InjectFailed: it was withdrawn, or the pod is gone; `halted`.
+        LeaseRefused: the lease is not held.
+    """
 
     def act(found: Object) -> None:
-        gone = {k: None for k in labels if text(found, "metadata", "labels", k) == lease.id}
-        marked = frozen.marked_by(found) == lease.id
-        if marked or gone:
-            body = {"metadata": {"annotations": {LEASE: None} if marked else {}, "labels": gone}}
-            frozen.patch(site, found, ref.path, body)
+        _go_on(ref, halted)
+        if frozen.marked_by(found) != lease.id:
+            raise InjectFailed(f"{ref.shown} was recovered meanwhile", driver=NAME)
+        frozen.patch(site, found, ref.path, {"metadata": {"annotations": {ARMED: lease.id}}})
 
-    frozen.change(site, ref, act)
+    if not frozen.change(site, ref, act, lease):
+        raise InjectFailed(f"{ref.shown} is gone", driver=NAME)
+
+
+def withdraw(site: Site, ref: Ref, lease: Lease, labels: Sequence[str] = ()) -> bool:
+    """Take the lease's marks off while its agent does not run yet. True: nobody can tell it to begin any more."""
+    done = False
+
+    def act(found: Object) -> None:
+        nonlocal done
+        if waits(found, lease):
+            _take_off(site, ref, found, lease, labels)
+            done = True
+
+    return frozen.change(site, ref, act) and done
+
+
+def waits(pod: Object, lease: Lease) -> bool:
+    """Whether the lease's agent was never armed, and has not started."""
+    return look(pod, name_of(lease)).state == "waiting" and text(pod, "metadata", "annotations", ARMED) != lease.id
+
+
+def _go_on(ref: Ref, halted: threading.Event | None) -> None:
+    """Looked at between reading and writing: who recovers after `halted` moves the version on, and finds nothing late."""
+    if halted is not None and halted.is_set():
+        raise InjectFailed(f"{ref.shown}: somebody said stop", driver=NAME)
+
+
+def unmark(site: Site, ref: Ref, lease: Lease, labels: Sequence[str] = ()) -> None:
+    """Take the lease's marks (and labels of ours) off the pod."""
+    frozen.change(site, ref, lambda found: _take_off(site, ref, found, lease, labels))
+
+
+def _take_off(site: Site, ref: Ref, found: Object, lease: Lease, labels: Sequence[str]) -> None:
+    gone = {k: None for k in labels if text(found, "metadata", "labels", k) == lease.id}
+    marks = {k: None for k in (LEASE, ARMED) if text(found, "metadata", "annotations", k) == lease.id}
+    if marks or gone:
+        frozen.patch(site, found, ref.path, {"metadata": {"annotations": marks, "labels": gone}})
 
 
 def wait(site: Site, ref: Ref, name: str, until: Callable[[Agent], bool], timeout_s: float) -> tuple[Object, Agent]:

@@ -1,7 +1,7 @@
 """Network faults on real pods, made inside the pod by an agent of ours (`mlchaos_dagster.agent.network`).
 
 Two steps: the agents of all targets are prepared (rules in place, without effect), then all are told to go; an agent that
-nobody tells to go ends by itself. Deadline and dead man's switch are in the pod: see `agent/network_rules.py`.
+nobody tells to prepare makes nothing, and one that nobody tells to go ends by itself. Deadline and dead man's switch are in the pod: see `agent/network_rules.py`.
 
 Where pod security forbids NET_ADMIN, `kubernetes.network: policy` cuts by a NetworkPolicy (network_policy.py).
 """
@@ -34,8 +34,6 @@ _START_S = 45.0
 _PREPARED_S = 20.0
 """A pod with a tenth of a CPU starts a Python in seconds; the agent lives in what the pod has."""
 _GO_S = 6.0
-_STARTING_S = 6.0
-"""How long recovery waits for an agent that is just being started, so that it can tell it to stop."""
 _CLEANED_S = 12.0
 _RECOVER_S = 25.0
 _ACTIVE_S = 6.0
@@ -118,6 +116,8 @@ class Network:
         def prepare(ref: Ref) -> ExecStream:
             stream = _prepare(site, injection, ref, halted)
             streams.append(stream)
+            if halted.is_set():  # `inject` is over and has closed what it knew of
+                stream.close()
             return stream
 
         try:
@@ -208,7 +208,7 @@ def _prepare(site: Site, injection: Injection, ref: Ref, halted: threading.Event
     lease, name = injection.lease, agents.name_of(injection.lease)
     plan = _plan(injection, ref)
     made = agents.container(site, name, [MODULE, "keep", plan.to_json()], admin=not plan.only_look)
-    agents.add(site, ref, made, lease)
+    agents.add(site, ref, made, lease, halted)
     _, agent = agents.wait(
         site, ref, name, lambda a: a.stuck or a.state in ("running", "ended") or halted.is_set(), _START_S
     )
@@ -219,6 +219,7 @@ def _prepare(site: Site, injection: Injection, ref: Ref, halted: threading.Event
         raise InjectFailed(
             f"{ref.shown}: the agent (image {site.options.helper_image}) does not start: {what}", driver=NAME
         )
+    agents.arm(site, ref, lease, halted)
     stream = site.cluster.open_exec(
         ref.namespace, ref.name, name, ["python3", "-m", MODULE, "go", lease.id], stdin=True
     )
@@ -232,7 +233,9 @@ def _prepare(site: Site, injection: Injection, ref: Ref, halted: threading.Event
         raise InjectFailed(f"{ref.shown}: the agent cannot prepare the fault: {why}", driver=NAME) from e
     if said.get("phase") != "prepared":
         stream.close()
-        raise InjectFailed(f"{ref.shown}: the agent is {said.get('phase')}: {said.get('why')}", driver=NAME)
+        raise InjectFailed(
+            f"{ref.shown}: the agent is {said.get('phase')}: {said.get('error') or said.get('why')}", driver=NAME
+        )
     return stream
 
 
@@ -258,13 +261,15 @@ def _clear(site: Site, injection: Injection, ref: Ref) -> None:
     if pod is None or _over(pod):
         return
     agent = agents.look(pod, name)
-    if agent.state == "waiting" and not agent.stuck:
-        # It begins prepared and without effect. Told to stop, it does not obey a late `go`.
-        pod, agent = agents.wait(site, ref, name, lambda a: a.state != "waiting", _STARTING_S)
-        if agent.state == "waiting" and not agent.stuck:
-            raise RecoverFailed(
-                f"{ref.shown}: its agent has not started yet ({agent.reason or 'no reason'})", driver=NAME
-            )
+    if agent.state == "waiting":
+        if agents.withdraw(site, ref, lease, (network_policy.LABEL,)):
+            return  # it makes nothing until it is told to, and ends by itself
+        pod = frozen.read(site, ref)
+        if pod is None:
+            raise RecoverFailed(f"{ref.shown} was replaced meanwhile", driver=NAME)  # looked at again by the next try
+        agent = agents.look(pod, name)
+        if agent.state == "waiting":
+            raise RecoverFailed(f"{ref.shown}: its node does not say what became of the agent", driver=NAME)
     if agent.state == "running":
         _node_answers(site, pod)
         agent = _stop(site, lease, ref)
@@ -324,6 +329,8 @@ def _read_back(site: Site, injection: Injection, ref: Ref) -> Evidence:
     if agent.state == "waiting":
         if agent.stuck:
             return _nothing(f"{ref.shown}: the agent never ran ({agent.reason})")
+        if agents.waits(pod, lease) and frozen.marked_by(pod) != lease.id:
+            return _nothing(f"{ref.shown}: the agent was withdrawn before it ran, and makes nothing")
         return Evidence(present=True, effective=False, lines=(f"{ref.shown}: the agent is being started",))
     if agent.ended_well:
         return _nothing(f"{ref.shown}: no rule is left, read back by the agent at its end ({agent.words.get('why')})")
