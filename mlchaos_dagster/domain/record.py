@@ -78,6 +78,7 @@ class Moment(_Fact):
         "recover_requested",
         "proven_clean",
         "window_ended",
+        "judged",
         "steady_again",
         "observation_ended",
     ]
@@ -220,6 +221,14 @@ class RunRecord(_Fact):
     def moment(self, name: str) -> float | None:
         """The first instant with this name."""
         return next((m.t for m in self.moments if m.name == name), None)
+
+    @property
+    def tested(self) -> Span | None:
+        """The window without the wait for a backend's own judgement, in which its fault may long be over by itself."""
+        ended = self.moment("window_ended")
+        if self.window is None or ended is None or self.moment("judged") is None:
+            return self.window
+        return Span(start=self.window.start, end=ended)
 
 
 class Samples:

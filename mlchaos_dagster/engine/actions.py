@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from mlchaos_dagster.domain.record import ActionFacts, Evidence
 from mlchaos_dagster.domain.spec import RestartUnhealthy, RollbackAction
 from mlchaos_dagster.engine.ports import Acting, Lease, Objection
+from mlchaos_dagster.engine.renewal import RENEW_EVERY_S
 from mlchaos_dagster.errors import DriverError, LeaseRefused, MlChaosError, StoreError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 MAX_WORKLOADS = 10
 """Scaled by one action at most, whatever its selector matches."""
-RENEW_EVERY_S = 0.5
-"""As the window renews a fault's lease."""
 
 
 def objections(run: Run) -> Iterator[Objection]:

@@ -323,11 +323,14 @@ class FileLedger:
             True when ours; False when another sweeper still has it after `wait_s` seconds (it may be stopped: fence
             it), or when there is nothing to lock.
         """
-        entry = self._files.find(lease_id)
         descriptor = -1
-        if entry is not None:
-            with contextlib.suppress(OSError):
+        while descriptor < 0 and (entry := self._files.find(lease_id)) is not None:
+            try:
                 descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # another sweeper fenced it between these two lines: it has a new name
+            except OSError:
+                break
         if descriptor < 0:
             yield False
             return

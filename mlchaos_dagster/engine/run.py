@@ -16,6 +16,7 @@ from mlchaos_dagster.domain.record import (
     ActionFacts,
     CleanFacts,
     FaultFacts,
+    Finding,
     GuardResult,
     Moment,
     RunRecord,
@@ -24,6 +25,7 @@ from mlchaos_dagster.domain.record import (
 )
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.active import BASELINE, ENDED, FAULT, ActiveRuns
+from mlchaos_dagster.engine.findings import patience_s
 from mlchaos_dagster.engine.guards import GUARDS
 from mlchaos_dagster.engine.incidents import IncidentLog
 from mlchaos_dagster.engine.ports import (
@@ -134,6 +136,7 @@ class Run:
         self.abort: AbortFacts | None = None
         self.clean: CleanFacts | None = None
         self.actions: list[ActionFacts] = []
+        self.findings: tuple[Finding, ...] = ()
         self.error = ""
         self.stopped_late = ""
         """Somebody's word that came when the fault was gone: the verdict stands, but nothing more may start."""
@@ -146,7 +149,8 @@ class Run:
     def longest_s(self) -> float:
         """Upper bound of the whole run, seconds: what a freeze window is compared with."""
         sampling = self.environment.sampling
-        return sampling.baseline + self.window_s + sampling.recovery_timeout + 30.0
+        waits = patience_s(self.kit.driver)
+        return sampling.baseline + self.window_s + waits + sampling.recovery_timeout + 30.0
 
     @property
     def may_inject(self) -> bool:
@@ -320,6 +324,7 @@ class Run:
             abort=self.abort,
             clean=self.clean,
             actions=tuple(self.actions),
+            findings=self.findings,
             error=self.error,
             incidents=tuple(self.incidents),
         )

@@ -342,6 +342,8 @@ class _Sweeper:
         try:
             self.ledger.close(lease, (*evidence, f"swept by {self.by}: {why}"))
         except StoreError as e:
+            if isinstance(e, LeaseRefused) and not self.ledger.is_open(lease.id):
+                return SweepResult(lease, why, "recovered", True, ("somebody else closed it meanwhile",))
             error = f"the fault is gone, but the lease stays open: {e}"
         self.incidents.write(
             "recovered", f"lease {lease.id}: {why}", lease=lease.id, by=self.by, seconds=round(seconds, 3), error=error

@@ -13,29 +13,23 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlchaos_dagster.domain.faults import is_held
-from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Samples, Span
+from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Span
 from mlchaos_dagster.engine.actions import Rollback
-from mlchaos_dagster.engine.active import RECOVERY
+from mlchaos_dagster.engine.confirmation import LAST_LOOK_S, Confirmation
 from mlchaos_dagster.engine.degradation import Degradation
+from mlchaos_dagster.engine.findings import patience_s, take_findings
 from mlchaos_dagster.engine.guards import changed_since, occupied
 from mlchaos_dagster.engine.ports import Lease, Step
+from mlchaos_dagster.engine.renewal import Kept, Renewal, renew_anyway
+from mlchaos_dagster.engine.steadiness import sample_recovery
 from mlchaos_dagster.engine.watch import Tracker
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, LeaseRefused, MlChaosError, StoreError
-from mlchaos_dagster.judgement.measures import Phase, steady
 
 if TYPE_CHECKING:
     from mlchaos_dagster.engine.run import Run
-
-RENEW_EVERY_S = 0.5
-"""A tenth of the default time to live: one slow look does not lose the lease."""
-LAST_LOOK_S = 2.5
-"""Bound of that look; a target that says nothing for so long cannot be said to be under the fault."""
-LOOK_AHEAD_S = 1.0
-"""How long before the window's end the last look at the fault begins: a slow link answers slowly."""
 
 
 def open_fault_window(run: Run) -> None:
@@ -80,7 +74,7 @@ def open_fault_window(run: Run) -> None:
     rollback = Rollback(run)
     try:
         rollback.after_breach()
-        _sample_recovery(run, rollback)
+        sample_recovery(run, rollback)
     finally:
         rollback.undo()
 
@@ -123,7 +117,7 @@ def _write_lease(run: Run) -> Lease | None:
             ),
             duration_s=lifetime,
             opened_wall=kit.clock.wall(),
-            deadline_wall=kit.clock.wall() + lifetime,
+            deadline_wall=kit.clock.wall() + lifetime + patience_s(kit.driver),
             owner=kit.owner,
         )
         lease = kit.ledger.open(lease)
@@ -212,102 +206,10 @@ def _inject_and_watch(run: Run, lease: Lease) -> None:
     else:
         run.mark("window_ended")
         confirm.still_there(lambda: renew.look(run.watch.now))
-
-
-class Renewal:
-    """Shows the watchdog that the owner lives. Called by the loop itself: a hung loop must look hung."""
-
-    def __init__(self, run: Run, lease: Lease) -> None:
-        self.run, self.lease, self.last = run, lease, -RENEW_EVERY_S
-
-    def look(self, t: float) -> None:
-        """Renew when it is time. Raises LeaseRefused (fenced) or StoreError."""
-        if t - self.last >= RENEW_EVERY_S:
-            self.last = t
-            self.run.kit.ledger.renew(self.lease)
-
-
-class Confirmation:
-    """Asks the target, beside the loop, until the fault's effect is seen."""
-
-    def __init__(self, run: Run, lease: Lease) -> None:
-        self.run, self.lease = run, lease
-        self.until = run.watch.now + run.environment.safety.confirm_within
-        self.poll: Callable[[], tuple[bool, Any]] | None = None
-        self.over = run.shadow
-
-    def look(self, t: float) -> None:
-        """One look; starts the next read of the target when the last one is back."""
-        if self.over:
-            return
-        if self.poll is None:
-            self.poll = self._begin()
-        done, result = self.poll()
-        if not done:
-            return
-        self.poll = None
-        if isinstance(result, Evidence):
-            if result.effective:
-                self.over = True
-                self._keep(True, result)
-                self.run.mark("confirmed", result.lines[0] if result.lines else "")
-                return
-            self._keep(False, result)
-        if t > self.until:
-            self.over = True
-
-    def _read(self) -> Evidence:
-        return self.run.kit.driver.active(self.lease)
-
-    def _keep(self, confirmed: bool, evidence: Evidence) -> None:
-        assert self.run.fault is not None
-        self.run.fault = self.run.fault.model_copy(update={"confirmed": confirmed, "evidence": evidence.lines})
-
-    def at_the_end(self, t: float, end: float) -> None:
-        """Begin the last look a little before the window ends, so that the fault need not wait for its answer."""
-        if self.held and self.over and self.poll is None and t >= end - LOOK_AHEAD_S:
-            self.poll = self._begin()
-
-    def still_there(self, renew: Callable[[], None]) -> None:
-        """At the end of a full window: a fault that vanished early, or lost its effect, did not test the window."""
-        assert self.run.fault is not None
-        if not self.held or not self.run.fault.confirmed:
-            return
-        poll, clock = self.poll or self._begin(), self.run.kit.clock
-        until = clock.monotonic() + LAST_LOOK_S
-        while not (found := poll())[0] and clock.monotonic() < until:
-            self.run.watch.pump()
-            renew()
-            clock.sleep(0.02)
-        evidence = found[1]
-        if not isinstance(evidence, Evidence):
-            said = f"at the window's end: {evidence or 'the target did not say'}"
-            self._keep(False, Evidence(present=False, effective=False, lines=(said,)))
-        elif not (evidence.present and evidence.effective):
-            what = "lost its effect" if evidence.present else "was gone"
-            lines = (f"the fault {what} before the window ended", *evidence.lines)
-            self._keep(False, Evidence(present=False, effective=False, lines=lines))
-
-    @property
-    def held(self) -> bool:
-        """Whether the fault lasts as long as its window; a single kill is over when it fired."""
-        return is_held(self.lease.kind, self.lease.params) and not self.run.shadow
-
-    def _begin(self) -> Callable[[], tuple[bool, Any]]:
-        background = self.run.kit.background
-        return background(self._read) if background else _now(self._read)
-
-
-def _now(read: Callable[[], Any]) -> Callable[[], tuple[bool, Any]]:
-    """A background that reads at once: for simulations."""
-
-    def poll() -> tuple[bool, Any]:
-        try:
-            return True, read()
-        except DriverError as e:
-            return True, e
-
-    return poll
+        judging = _watchful(run, "judging", renew, trackers)
+        run.abort = take_findings(run, lease, judging, renew, trackers, degradation)
+        if run.abort is not None:
+            _mark_breach(run, run.abort)
 
 
 def _mark_breach(run: Run, abort: AbortFacts) -> None:
@@ -325,12 +227,12 @@ def _abort(run: Run, cause: Any, reason: str) -> AbortFacts:
 def _take_away(run: Run, lease: Lease) -> None:
     """Recover until the target itself says that nothing is left; bounded by `recover_timeout`."""
     kit = run.kit
-    _renew(run, lease)
+    renew_anyway(run, lease)
     requested = run.mark("recover_requested")
     run.tell("phase", {"name": "recovery", "seconds": run.experiment.recovery.within})
     end = kit.clock.monotonic() + run.environment.safety.recover_timeout
     pause, said, evidence = 0.02, "", Evidence(present=True, effective=False)
-    step = _watchful(run, "restoring", _Kept(run, lease), stoppable=False)
+    step = _watchful(run, "restoring", Kept(run, lease), stoppable=False)
     while True:
         try:
             kit.driver.recover(lease, step)
@@ -345,7 +247,7 @@ def _take_away(run: Run, lease: Lease) -> None:
             _unclean(run, lease, said)
             return
         run.watch.pump()
-        _renew(run, lease)
+        renew_anyway(run, lease)
         kit.clock.sleep(pause)
         pause = min(pause * 2, 0.5)
     clean_at = run.mark("proven_clean")
@@ -367,13 +269,6 @@ def _end_window(run: Run, t: float) -> None:
         run.window = Span(start=run.window.start, end=max(t, run.window.start))
 
 
-def _renew(run: Run, lease: Lease) -> None:
-    try:
-        run.kit.ledger.renew(lease)
-    except StoreError:
-        pass  # Fenced or a full disk: recovery goes on regardless, it is idempotent.
-
-
 def _read_back(run: Run, lease: Lease, step: Step, end: float) -> Evidence:
     """What the target says, while measurements and renewals go on: to read it may take seconds."""
     if run.kit.background is None:
@@ -390,78 +285,9 @@ def _read_back(run: Run, lease: Lease, step: Step, end: float) -> Evidence:
     return found[1]
 
 
-class _Kept(Renewal):
-    """Renewal while the fault is taken away: fenced or on a full disk, recovery goes on regardless."""
-
-    def look(self, t: float) -> None:
-        if t - self.last >= RENEW_EVERY_S:
-            self.last = t
-            _renew(self.run, self.lease)
-
-
 def _unclean(run: Run, lease: Lease, said: str) -> None:
     command = f"mlchaos recover {lease.id}"
     run.clean = CleanFacts(proven=False, evidence=(said,), command=command)
     run.incident(
         "unclean", f"{lease.kind} on {', '.join(lease.targets)} may be live: {said}", lease=lease.id, command=command
     )
-
-
-def _sample_recovery(run: Run, rollback: Rollback) -> None:
-    """Go on sampling until everything is steady again for the dwell time, or the observation's limit."""
-    if run.clean is None or not run.clean.proven or run.after is None:
-        return
-    run.kit.active.note(run.run_id, RECOVERY)
-    sampling, recovery = run.environment.sampling, run.experiment.recovery
-    start = run.after.start
-    end = start + min(sampling.recovery_timeout, recovery.within + recovery.dwell + 1.0)
-    if run.abort is not None and not rollback.acted:
-        # Somebody wants out: look only long enough to show the way back.
-        end = min(end, start + 3 * recovery.dwell)
-    steadiness = Steadiness(run, start)
-
-    def each(t: float) -> bool:
-        rollback.look(t, start)
-        return steadiness.look(t)
-
-    ended = run.watch.until(end, "recovery", each=each, start=start)
-    if ended is not None and run.abort is None and ended.cause != "blind":
-        # The fault is gone already and its outcome stands; but nothing more may start.
-        run.stopped_late = ended.reason
-    run.after = Span(start=start, end=run.mark("observation_ended"))
-
-
-class Steadiness:
-    """Whether the target is back, from what was due after the fault was proven gone."""
-
-    def __init__(self, run: Run, start: float) -> None:
-        self.run, self.start = run, start
-        self.before = _ready(run, run.baseline) if run.baseline else None
-        self.next_look = start
-
-    def look(self, t: float) -> bool:
-        """True once every objective held over the last dwell time and as many replicas are ready as before."""
-        dwell = self.run.experiment.recovery.dwell
-        # One request timeout behind: what was due just now may still be unanswered.
-        if t < self.next_look or t - self.start < dwell:
-            return False
-        self.next_look = t + 0.25
-        lag = min(self.run.environment.probe.timeout, 0.5)
-        span = Span(start=max(self.start, t - lag - dwell), end=t - lag)
-        # Requests still unanswered are missing from the samples; too many missing is not steady.
-        expected = int(0.9 * self.run.environment.probe.rate * dwell)
-        if span.length < dwell * 0.99:
-            return False
-        holds, _ = steady(self._phase(span), self.run.experiment.steady_state, minimum=max(1, expected))
-        ready = self.run.watch.live.signals.get("ready_replicas")
-        return holds is True and (self.before is None or ready is None or ready >= self.before)
-
-    def _phase(self, span: Span) -> Phase:
-        recent = [r for r in self.run.watch.requests[-20000:] if r.due_s >= span.start]
-        signals = [s for s in self.run.watch.signals[-5000:] if s.t >= span.start]
-        return Phase(Samples(recent, signals), self.run.environment, span, self.run.watch.live.reference)
-
-
-def _ready(run: Run, span: Span) -> float | None:
-    values = [v for t, v in run.samples.signal("ready_replicas") if span.start <= t <= span.end]
-    return max(values) if values else None

@@ -62,6 +62,7 @@ def run_json(
         "slis": {name: _sli(result) for name, result in verdict.slis.items() if result.slo or measured(result)},
         "golden": None if verdict.golden is None else verdict.golden.model_dump(mode="json"),
         "expectations": [{"expected": e.expected, "seen": e.seen, "saw": text(e.saw)} for e in verdict.expectations],
+        "findings": [{"name": f.name, "passed": f.passed, "saw": text(f.saw)} for f in record.findings],
         "guards": [
             {"name": g.name, "passed": g.passed, "saw": text(g.saw), "needs": text(g.needs)} for g in record.guards
         ],
@@ -120,6 +121,7 @@ def unjudged_json(
         "slis": {},
         "golden": None,
         "expectations": [],
+        "findings": [],
         "guards": [],
         "abort": None,
         "recovery": {

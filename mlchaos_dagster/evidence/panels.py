@@ -321,7 +321,7 @@ def _summary(record: RunRecord, verdict: Verdict, measure: str) -> str:
 
 def _steps_summary(record: RunRecord, samples: Samples, name: str, breaker: bool) -> str:
     parts: list[str] = []
-    for word, span in (("before", record.baseline), ("during", record.window), ("after", record.after)):
+    for word, span in (("before", record.baseline), ("during", record.tested), ("after", record.after)):
         values = sorted({v for t, v in samples.signal(name) if span and span.start <= t < span.end})
         if not values:
             continue

@@ -100,6 +100,8 @@ def render_markdown(record: RunRecord, samples: Samples, verdict: Verdict, *, pi
             for r in rows
         ]
         out.append("\n".join(lines))
+    marks = {True: "✔", False: "✘", None: "?"}
+    out += [f"**{md(words.judge_name(record))}** {marks[f.passed]} {md(f'{f.name}: {f.saw}')}" for f in record.findings]
     if recovery := words.recovery_line(verdict):
         out.append(f"**recovery** {md(recovery)} (limit {show_duration(verdict.recovery.within_s)})")
     if clean := words.clean_line(record):

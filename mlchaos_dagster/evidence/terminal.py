@@ -143,6 +143,9 @@ def _table(record: RunRecord, verdict: Verdict, width: int) -> list[list[Segment
     for i, (expected, values, seen) in enumerate(expectation_values(record, verdict)):
         mark = {True: MET, False: BROKEN, None: "?"}[seen]
         lines += _fact("" if i else "must be seen", f"{expected}: {values}", width, grid, mark=mark)
+    for i, finding in enumerate(record.findings):
+        mark = {True: MET, False: BROKEN, None: "?"}[finding.passed]
+        lines += _fact("" if i else words.judge_name(record), f"{finding.name}: {finding.saw}", width, grid, mark=mark)
     recovery = words.recovery_line(verdict)
     if recovery:
         limit = f"≤ {show_duration(verdict.recovery.within_s)}" if verdict.recovery.within_s else ""

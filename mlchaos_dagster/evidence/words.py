@@ -108,6 +108,11 @@ def action_lines(record: RunRecord) -> list[str]:
     return said
 
 
+def judge_name(record: RunRecord) -> str:
+    """Who judged for itself beside us: the backend."""
+    return record.fault.backend if record.fault else "backend"
+
+
 def detectable_lines(record: RunRecord, verdict: Verdict) -> list[str]:
     """What this window could have seen at all, for every SLI with an objective."""
     said: list[str] = []

@@ -1,7 +1,8 @@
 """The verdict: a pure function of the stored record.
 
 HELD needs everything to have been *seen*: the fault confirmed, enough requests, sent in time, no gap,
-every objective met, every expectation seen, recovery within its limit, and the target proven clean.
+every objective met, every expectation seen, recovery within its limit, and the target proven clean; and where the
+backend has probes and a verdict of its own, these too.
 What was not seen is INCONCLUSIVE, never a pass; what was seen to break is DEVIATED.
 """
 
@@ -27,6 +28,7 @@ from mlchaos_dagster.judgement.comeback import allowance_of, readings, recovery_
 from mlchaos_dagster.judgement.measures import Phase, describe, reference_of, steady
 from mlchaos_dagster.judgement.recovery import first_bad
 from mlchaos_dagster.judgement.results import sli_results
+from mlchaos_dagster.judgement.shift import Reference
 
 _NOISE = 3.0
 """Standard deviations of the baseline beyond its extremes: twice as many readings of mere noise exceed its maximum in two of
@@ -43,7 +45,7 @@ def judge(record: RunRecord, samples: Samples) -> Verdict:
         name: Phase(samples, environment, span, reference, with_open_requests=name == "during")
         if span is not None and span.length > 0
         else None
-        for name, span in (("baseline", record.baseline), ("during", record.window), ("after", record.after))
+        for name, span in (("baseline", record.baseline), ("during", record.tested), ("after", record.after))
     }
     baseline, during, after = phases["baseline"], phases["during"], phases["after"]
     slis = sli_results(record, baseline, during, after)
@@ -111,10 +113,12 @@ def _decide(
         )
     if during is None or record.fault is None:
         return Outcome.INCONCLUSIVE, ["No fault window was measured."], ""
+    failed = [f"{f.name} did not pass: {f.saw}" for f in record.findings if f.passed is False]
     unseen = _unseen(record, during, samples)
     if unseen:
-        return Outcome.INCONCLUSIVE, unseen, _advice(record, during)
-    deviations = _deviations(record, during, slis, () if record.shadow else expectations, recovery)
+        return Outcome.INCONCLUSIVE, unseen + failed, _advice(record, during)
+    deviations = _deviations(record, during, slis, () if record.shadow else expectations, recovery) + failed
+    deviations += _meanwhile(record, slis, samples, during.reference)
     if deviations:
         return Outcome.DEVIATED, deviations, ""
     missing = [f"{e.expected}: {e.saw}" for e in expectations if e.seen is None and not record.shadow]
@@ -122,6 +126,7 @@ def _decide(
     missing += [f"{s.slo} could not be measured during the fault" for s in slis.values() if s.slo and s.met is None]
     if recovery.met is None:
         missing.append("whether the target came back in time could not be seen")
+    missing += [f"{f.name} is not known: {f.saw}" for f in record.findings if f.passed is None]
     if missing:
         return Outcome.INCONCLUSIVE, missing, _advice(record, during)
     if record.shadow:
@@ -129,7 +134,10 @@ def _decide(
     evidence = record.fault.evidence[0] if record.fault.evidence else "seen at the target"
     return (
         Outcome.HELD,
-        [f"The fault fired ({evidence}) and every objective held{_afterwards(record, slis, recovery)}."],
+        [
+            f"The fault fired ({evidence}) and every objective held{_afterwards(record, slis, recovery)}.",
+            *_agreed(record),
+        ],
         "",
     )
 
@@ -147,6 +155,27 @@ def _afterwards(record: RunRecord, slis: dict[str, SliResult], recovery: Recover
         f" during it; after it {' and '.join(broken)}, steady again after {show_duration(recovery.steady_s)} "
         f"(limit {show_duration(recovery.within_s)})"
     )
+
+
+def _agreed(record: RunRecord) -> list[str]:
+    """That the backend's own judgement is the same."""
+    passed = [f.name for f in record.findings]
+    return [f"{record.fault.backend} judged the same: {', '.join(passed)}."] if passed and record.fault else []
+
+
+def _meanwhile(
+    record: RunRecord, slis: dict[str, SliResult], samples: Samples, reference: Reference | None
+) -> list[str]:
+    """What broke only once the wait for the backend's judgement is counted in: no harm falls between phases."""
+    if record.window is None or record.tested == record.window:
+        return []
+    whole = Phase(samples, record.environment, record.window, reference, with_open_requests=True)
+    return [
+        f"{describe(o)} broke before the fault was taken away: {show_value(value, slis[o.sli].unit)} with the wait for "
+        f"what the backend judged."
+        for o in record.experiment.steady_state
+        if slis[o.sli].met and (value := whole.value(o.sli)) is not None and not o.met_by(value)
+    ]
 
 
 def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:
@@ -253,7 +282,7 @@ def _expectation(
     assert expected.signal is not None
     steps = samples.signal(expected.signal)
     before = readings(steps, record.baseline)
-    during = readings(steps, record.window)
+    during = readings(steps, record.tested)
     if not during or not before:
         return ExpectationResult(expected=words, seen=None, saw=f"{expected.signal} was not measured")
     low, high = min(during), max(during)

@@ -1,4 +1,4 @@
-"""One graph of ops per experiment and environment, as five assets and six checks."""
+"""One graph of ops per experiment and environment, as five assets and their checks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ PROMISES = {
     "steady_state_held": "Every objective and expectation held while the fault was there.",
     "recovered_in_time": "The steady state was back within the limit after the fault was gone.",
     "left_clean": "The target was read back: nothing of the fault is left.",
+    keys.BACKEND_AGREES: "Every probe of the backend passed, and so did its own verdict.",
 }
 ABOUT = {
     "experiment": "The plan and the guards. {0.title}",
@@ -47,8 +48,8 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
     # Whether that one held is the guard's business: this edge says nothing of outcomes.
     before_all = _verdict_before(pair)
     specs = [
-        dg.AssetCheckSpec(check, asset=asset["verdict"], description=promise, blocking=False)
-        for check, promise in PROMISES.items()
+        dg.AssetCheckSpec(check, asset=asset["verdict"], description=PROMISES[check], blocking=False)
+        for check in keys.checks_of(experiment)
     ]
     graph = dg.GraphDefinition(
         name=name,
@@ -124,7 +125,7 @@ def asset_keys(pair: Pair) -> list[dg.AssetKey]:
 
 
 def check_keys(pair: Pair) -> list[dg.AssetCheckKey]:
-    """Its six checks."""
+    """Its checks."""
     experiment, environment = pair
     verdict = dg.AssetKey(keys.asset_path(experiment.name, environment.name, "verdict"))
-    return [dg.AssetCheckKey(verdict, check) for check in keys.CHECKS]
+    return [dg.AssetCheckKey(verdict, check) for check in keys.checks_of(experiment)]

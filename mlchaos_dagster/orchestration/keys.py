@@ -18,6 +18,10 @@ CHECKS = (
     "left_clean",
 )
 """Promises, all on `verdict`, so that one page (and one automation condition) tells of all of them."""
+BACKEND_AGREES = "backend_agrees"
+"""The promise of experiments whose backend has probes and a verdict of its own."""
+JUDGED = frozenset({"litmus_engine"})
+"""Their fault kinds."""
 
 TAG = "mlchaos/"
 TAG_EXPERIMENT = TAG + "experiment"
@@ -47,6 +51,11 @@ def graph_name(experiment: str, environment: str) -> str:
 def asset_path(experiment: str, environment: str, phase: str) -> tuple[str, str, str]:
     """The asset key's parts: environment, experiment, phase."""
     return python_name(environment), python_name(experiment), phase
+
+
+def checks_of(experiment: Experiment) -> tuple[str, ...]:
+    """The promises of an experiment."""
+    return (*CHECKS, BACKEND_AGREES) if experiment.fault.kind in JUDGED else CHECKS
 
 
 def target_tag(experiment: Experiment, environment: Environment) -> str:

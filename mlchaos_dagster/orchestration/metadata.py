@@ -30,6 +30,7 @@ NARROW = 12
 """Cells this short stay on one line."""
 LINE = 48
 """What the page of an asset shows of a line: a long path further down widens its table, and words are cut off."""
+PASSED = {True: "✔ yes", False: "✘ no", None: "? no judgement"}
 
 
 def numbers(values: Mapping[str, float | None]) -> Metadata:
@@ -218,6 +219,15 @@ def chaos_metadata(record: RunRecord, verdict: Verdict, picture: str) -> Metadat
                 }
                 for e in verdict.expectations
             ),
+            "findings": table(
+                {
+                    "judged by": fault.backend if fault else None,
+                    "what": f.name,
+                    "passed": PASSED[f.passed],
+                    "saw": f.saw,
+                }
+                for f in record.findings
+            ),
             "abort": f"{abort.cause}: {abort.reason}" if abort else None,
             **numbers(
                 {
@@ -342,97 +352,6 @@ def verdict_metadata(
 
 def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-# ---- checks
-
-
-def checks(record: RunRecord, verdict: Verdict, steady_because: str = "") -> dict[str, Metadata]:
-    """Arguments of the check results, by check; a promise that was not tested is absent."""
-    found: dict[str, Metadata] = {}
-    if record.guards:
-        found["guards_passed"] = _guards_check(record.guards)
-    if verdict.steady_before is not None:
-        found["steady_state_before"] = {
-            "passed": verdict.steady_before,
-            "description": steady_because or ("every objective held" if verdict.steady_before else ""),
-            "severity": dg.AssetCheckSeverity.WARN,
-        }
-    return {**found, **_verdict_checks(record, verdict)}
-
-
-def _guards_check(guards: tuple[GuardResult, ...]) -> Metadata:
-    refused = next((g for g in guards if not g.passed), None)
-    return {
-        "passed": refused is None and bool(guards),
-        "severity": dg.AssetCheckSeverity.WARN,
-        "description": (
-            f"{refused.name}: {refused.saw}" + (f". Needs {refused.needs}" if refused.needs else "")
-            if refused
-            else f"{len(guards)} guards passed"
-        ),
-        "metadata": {g.name: f"{'✔' if g.passed else '✘'} {g.saw}" for g in guards},
-    }
-
-
-def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
-    found: dict[str, Metadata] = {}
-    inconclusive = verdict.outcome is Outcome.INCONCLUSIVE
-    why = verdict.reasons[0] if verdict.reasons else ""
-    severity = dg.AssetCheckSeverity.WARN if inconclusive else dg.AssetCheckSeverity.ERROR
-    if record.fault is not None and not record.shadow:
-        found["fault_fired"] = {
-            "passed": verdict.fault_fired,
-            "severity": dg.AssetCheckSeverity.WARN,
-            "description": (
-                "; ".join(record.fault.evidence[:3]) or "confirmed"
-                if verdict.fault_fired
-                else why or "its effect was not seen"
-            ),
-            "metadata": {},
-        }
-    if record.window is not None and (verdict.held is not None or inconclusive):
-        # What a fault would have caused is not to be seen where nothing was injected.
-        expected = record.shadow or all(e.seen for e in verdict.expectations)
-        held = bool(verdict.held) and expected and not inconclusive
-        found["steady_state_held"] = {
-            "passed": held,
-            "severity": severity,
-            "description": (
-                why
-                if not held
-                else "shadow run, nothing was injected: every objective held"
-                if record.shadow
-                else "every objective held while the fault was there"
-            ),
-            "metadata": {
-                **numbers({sli_key(n, "during", s.unit): s.during for n, s in verdict.slis.items()}),
-                **({"shadow": True} if record.shadow else {}),
-            },
-        }
-    r = verdict.recovery
-    if r.met is not None:
-        found["recovered_in_time"] = {
-            "passed": r.met,
-            "severity": severity,
-            "description": (
-                f"steady again after {'more than ' if 'steady' in ' '.join(r.censored) else ''}{show_duration(r.steady_s)}, "
-                f"limit {show_duration(r.within_s)}"
-            ),
-            "metadata": numbers({"recovery_steady_s": r.steady_s, "recovery_limit_s": r.within_s}),
-        }
-    if record.clean is not None:
-        found["left_clean"] = {
-            "passed": record.clean.proven,
-            "severity": dg.AssetCheckSeverity.ERROR,
-            "description": (
-                "; ".join(record.clean.evidence[:4]) or "proven clean"
-                if record.clean.proven
-                else f"the fault may be live. Clear it: {record.clean.command}"
-            ),
-            "metadata": {},
-        }
-    return found
 
 
 def budget_words(remaining: float, limit: float) -> str:

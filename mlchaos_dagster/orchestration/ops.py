@@ -17,6 +17,7 @@ from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.judgement.measures import Phase, reference_of
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration import metadata as md
+from mlchaos_dagster.orchestration.checks import checks
 from mlchaos_dagster.orchestration.session import STOPPING, Session, Sessions
 
 Pair = tuple[Experiment, Environment]
@@ -175,7 +176,10 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         context.log.info(f"{keys.outcome_word(record, verdict)}: {'; '.join(verdict.reasons)}")
         yield dg.Output(None, "done")
 
-    @op("report", {"verdict": _asset_out(True), **{check_output(c): _check_out() for c in keys.CHECKS}})
+    @op(
+        "report",
+        {"verdict": _asset_out(True), **{check_output(c): _check_out() for c in (*keys.CHECKS, keys.BACKEND_AGREES)}},
+    )
     def report(context: dg.OpExecutionContext) -> Iterator[Any]:
         session = session_of(context)
         with session.shielded("reporting"):
@@ -198,7 +202,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             ),
         )
         # After the verdict, so that the UI counts them as results on this verdict and not on the one before.
-        for name, arguments in md.checks(record, verdict, session.steady_because).items():
+        for name, arguments in checks(record, verdict, session.steady_because).items():
             yield check(context, name, arguments)
         stopped = session.stopped
         session.stop.close()
