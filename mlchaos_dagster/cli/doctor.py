@@ -12,11 +12,12 @@ from pathlib import Path
 
 import click
 
-from mlchaos_dagster.cli.app import App, common, current, leave
+from mlchaos_dagster.cli.app import App, Word, common, current, leave
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.targets import listed
 
 _FREE_MIB = 200
+_BACKENDS = ("litmus", "chaos_mesh")
 _MARK = {"ok": "✔ ok      ", "missing": "✘ missing ", "optional": "– optional"}
 
 
@@ -32,12 +33,19 @@ class Finding:
 
 
 @click.command("doctor")
+@click.option(
+    "--backend",
+    type=Word("backend", _BACKENDS),
+    help="Only what this tool needs in the environment's cluster, also before the environment names it.",
+)
 @common
-def command() -> None:
+def command(backend: str | None) -> None:
     """Say what is missing and how to get it; exits with 1 when something that runs need is."""
     app = current()
     found: list[Finding] = []
-    for finding in findings(app):  # told as they come: a cluster is looked at for many seconds
+    for finding in (
+        findings(app) if backend is None else of_backend(app, backend)
+    ):  # told as they come: a cluster is looked at for many seconds
         found.append(finding)
         app.out(f"{_MARK[finding.state]}  {finding.what}: {finding.saw}")
         if finding.help and finding.state != "ok":
@@ -165,6 +173,20 @@ def _cluster(app: App) -> Iterator[Finding]:
         yield Finding(point.what, point.state, point.saw, point.help)
     if reached:
         yield from _addresses(environment)
+
+
+def of_backend(app: App, backend: str) -> Iterator[Finding]:
+    """What one other tool needs. Raises SpecError: the environment is no cluster."""
+    from mlchaos_dagster.drivers.kubernetes.checkup import backend_points, reached
+    from mlchaos_dagster.errors import SpecError
+    from mlchaos_dagster.kube.client import Site
+
+    environment = app.environment
+    if environment.kubernetes is None:
+        raise SpecError(f"environment {environment.name} is no cluster. Allowed: one with kubernetes:", "--environment")
+    for point in reached(environment):
+        for one in backend_points(point, environment, backend) if isinstance(point, Site) else (point,):
+            yield Finding(one.what, one.state, one.saw, one.help)
 
 
 def _addresses(environment: Environment) -> Iterator[Finding]:

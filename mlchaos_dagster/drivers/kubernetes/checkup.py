@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
 
-from mlchaos_dagster.domain.environment import Environment, Target
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.drivers.cluster import points as points_of
 from mlchaos_dagster.drivers.cluster import preflight
-from mlchaos_dagster.drivers.cluster.handler import Request
+from mlchaos_dagster.drivers.cluster.points import Point, on_cluster
 from mlchaos_dagster.drivers.kubernetes import leftovers
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.drivers.kubernetes.leftovers import Leftover
@@ -19,11 +19,12 @@ from mlchaos_dagster.kube.address import connect
 from mlchaos_dagster.kube.client import Forbidden, Site
 from mlchaos_dagster.kube.labels import OPT_IN
 from mlchaos_dagster.kube.objects import text
-from mlchaos_dagster.kube.refs import Ref
 from mlchaos_dagster.kube.selecting import select
 
 OLDEST = (1, 28)
 """Of the API versions that are used; ephemeral containers and policy/v1 are older."""
+BACKENDS = ("litmus", "chaos_mesh")
+"""Other tools whose drivers are ours."""
 SWEEPER = "mlchaos-sweeper"
 LEVER = "mlchaos-lever"
 _MOST_TOLD = 5
@@ -31,18 +32,8 @@ _HEART_S = 6.0
 """Two of the sweeper's beats and a little more."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One thing that was looked at."""
-
-    what: str
-    state: Literal["ok", "missing", "optional"]
-    saw: str
-    help: str = ""
-
-
-def points(environment: Environment) -> Iterator[Point]:
-    """Everything that a run on this cluster needs, in the order in which it would fail."""
+def reached(environment: Environment) -> Iterator[Point | Site]:
+    """Whether the cluster answers; then, last, the connection."""
     options = environment.kubernetes
     assert options is not None
     try:
@@ -61,16 +52,37 @@ def points(environment: Environment) -> Iterator[Point]:
         yield Point(
             "cluster", "ok", f"Kubernetes {shown} at {cluster.server}, context {options.context or 'of this pod'}"
         )
-    site = Site(cluster, options)
+    yield Site(cluster, options)
+
+
+def points(environment: Environment) -> Iterator[Point]:
+    """Everything that a run on this cluster needs, in the order in which it would fail."""
+    site = None
+    for found in reached(environment):
+        if isinstance(found, Point):
+            yield found
+        else:
+            site = found
+    if site is None:
+        return
     for look in (_namespaces, _targets, _permissions, _sweeper, _lever, _left_behind):
         try:
             yield from look(site, environment)
         except DriverError as e:
             yield Point(look.__name__.strip("_").replace("_", " "), "missing", str(e), "docs/rbac.md")
+    for backend in BACKENDS:
+        if backend in environment.backends:
+            yield from backend_points(site, environment, backend)
+
+
+def backend_points(site: Site, environment: Environment, backend: str) -> Iterator[Point]:
+    """What one other tool needs: installed, alive, its rights and ours. Also where the environment does not name it yet."""
+    module = import_module(f"mlchaos_dagster.drivers.{backend}.checkup")
+    yield from module.points(site, environment)
 
 
 def _namespaces(site: Site, environment: Environment) -> Iterator[Point]:
-    spaces = {t.kubernetes.namespace or site.options.namespace for t in _on_cluster(environment).values()}
+    spaces = {t.kubernetes.namespace or site.options.namespace for t in on_cluster(environment).values()}
     for name in sorted(spaces):
         found = site.cluster.get(f"/api/v1/namespaces/{name}")
         if found is None:
@@ -84,7 +96,7 @@ def _namespaces(site: Site, environment: Environment) -> Iterator[Point]:
 
 
 def _targets(site: Site, environment: Environment) -> Iterator[Point]:
-    for name, target in sorted(_on_cluster(environment).items()):
+    for name, target in sorted(on_cluster(environment).items()):
         found = select(site, target)
         if found:
             shown = ", ".join(ref.name for ref in found[:3]) + (", …" if len(found) > 3 else "")
@@ -106,15 +118,8 @@ def _targets(site: Site, environment: Environment) -> Iterator[Point]:
 def _permissions(site: Site, environment: Environment) -> Iterator[Point]:
     """For the ledger, and for every fault that is served here, on every target that it fits."""
     needed = set(leases.permissions(site.options.control_namespace))
-    for kind in sorted(set(environment.backends.get("kubernetes", ())) & PLACES.keys()):
-        chosen = handler(kind)
-        for target in _on_cluster(environment).values():
-            object_kind = target.kubernetes.kind.lower()
-            if object_kind in chosen.kinds:
-                space = "" if object_kind == "node" else target.kubernetes.namespace or site.options.namespace
-                refs = (Ref(object_kind, space, "x", "x"),)
-                request = Request(kind, refs, refs, {}, target)
-                needed |= preflight.permissions(request, iter(chosen.permissions(site, request)))
+    kinds = set(environment.backends.get("kubernetes", ())) & PLACES.keys()
+    needed |= points_of.needed(site, environment, kinds, handler)
     missing = list(preflight.refused(site, needed))
     for namespace, said, rule in missing:
         whole = f"kubectl apply -n {namespace} -k manifests/rbac/namespace"
@@ -147,7 +152,7 @@ def _sweeper(site: Site, environment: Environment) -> Iterator[Point]:
 
 
 def _reach(site: Site, environment: Environment) -> Iterator[Point]:
-    spaces = {t.kubernetes.namespace or site.options.namespace for t in _on_cluster(environment).values()}
+    spaces = {t.kubernetes.namespace or site.options.namespace for t in on_cluster(environment).values()}
     for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces)):
         if site.cluster.get(f"/api/v1/namespaces/{name}") is not None:
             bind = f"kubectl apply -n {name} -k manifests/rbac/namespace"
@@ -190,8 +195,3 @@ def _lost(found: Iterable[Leftover]) -> tuple[set[str], list[Leftover]]:
     ours = [left for left in found if left.lease]
     known = {left.lease for left in ours if left.is_lease}
     return known, [left for left in ours if not leftovers.is_of(left, known)]
-
-
-def _on_cluster(environment: Environment) -> dict[str, Target]:
-    """Targets of faults that the cluster serves; one with a bucket or the like is another backend's."""
-    return {name: t for name, t in environment.targets.items() if t.s3 is None and t.part is None}
