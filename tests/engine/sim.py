@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.domain.environment import Environment, Target
-from mlchaos_dagster.domain.record import Evidence, RequestSample, SignalSample
+from mlchaos_dagster.domain.record import Evidence, Finding, RequestSample, SignalSample
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.incidents import IncidentLog
@@ -119,6 +119,12 @@ class World:
     """Verb (`undo`, `inject`, `recover`) → in how many batches of 0.4 s it does its work."""
     batches_done: dict[str, int] = field(default_factory=dict)
     cannot_undo: bool = False
+    judged: Finding | Exception | None = None
+    """What the backend judged by itself; None: it does not judge."""
+    judging_s: float = 0.0
+    """How long it needs for that, in batches of 0.4 s."""
+    asked: list[bool] = field(default_factory=list)
+    """At every question for it: whether the fault was on."""
     _recovered: float = -1e9
     rng: random.Random = field(default_factory=lambda: random.Random(1))
 
@@ -202,6 +208,20 @@ class FakeDriver:
         return Evidence(
             present=present, effective=present and self.world.effective, lines=("on" if present else "nothing left",)
         )
+
+
+class JudgingDriver(FakeDriver):
+    """Of a backend with a judgement of its own."""
+
+    def findings(self, lease: Lease, step: Step = no_step) -> tuple[Finding, ...]:
+        world = self.world
+        world.asked.append(lease.id in world.faults)
+        for k in range(int(world.judging_s / 0.4)):
+            world.clock.sleep(0.4)
+            step(k, 0)
+        if isinstance(world.judged, Exception):
+            raise world.judged
+        return () if world.judged is None else (world.judged,)
 
 
 class SimRequests:
@@ -304,7 +324,7 @@ def build(
     clock = world.clock
     kit = Kit(
         clock=clock,
-        driver=FakeDriver(world),
+        driver=FakeDriver(world) if world.judged is None else JudgingDriver(world),
         requests=SimRequests(world),
         signals=SimSignals(world),
         ledger=FileLedger(tmp_path / "ledger", clock),

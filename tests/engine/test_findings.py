@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sim import FakeDriver, World, build
+from sim import World, build
 
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import Finding, RunRecord
@@ -20,29 +20,9 @@ FAILED = Finding(name="check-login", passed=False, saw="expected 200, found 503"
 UNKNOWN = Finding(name="check-login", passed=None, saw="N/A")
 
 
-class JudgingDriver(FakeDriver):
-    """Needs `takes_s` to come to its answer, in batches of 0.4 s."""
-
-    def __init__(self, world: World, answer: Finding | Exception, takes_s: float = 0.0) -> None:
-        super().__init__(world)
-        self.answer, self.takes_s = answer, takes_s
-        self.asked: list[bool] = []
-        """At every call: whether the fault was on."""
-
-    def findings(self, lease: Lease, step: Step = no_step) -> tuple[Finding, ...]:
-        self.asked.append(lease.id in self.world.faults)
-        for k in range(int(self.takes_s / 0.4)):
-            self.world.clock.sleep(0.4)
-            step(k, 0)
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return (self.answer,)
-
-
-def judged(tmp_path: Path, world: World, answer: Finding | Exception, takes_s: float = 0.0, **spec: object) -> Run:
-    run = build(tmp_path, world, experiment=dict(spec))
-    run.kit.driver = JudgingDriver(world, answer, takes_s)
-    return run
+def judged(tmp_path: Path, world: World, answer: Finding | Exception, takes_s: float = 0.0) -> Run:
+    world.judged, world.judging_s = answer, takes_s
+    return build(tmp_path, world)
 
 
 @pytest.mark.req("R3-01")
@@ -67,7 +47,7 @@ def test_what_the_backend_judged_is_part_of_the_verdict(
     record = run_experiment(run)
     verdict = judge(record, run.samples)
     assert verdict.outcome is outcome and said in " ".join(verdict.reasons), verdict.reasons
-    assert run.kit.driver.asked == [True], "once, while the fault is still there"
+    assert world.asked == [True], "once, while the fault is still there"
     stored = record.model_dump(mode="json")
     assert RunRecord.model_validate(stored) == record
     assert RunRecord.model_validate({k: v for k, v in stored.items() if k != "findings"}).findings == ()
@@ -127,11 +107,10 @@ def test_an_aborted_run_and_a_shadow_ask_nobody(tmp_path: Path) -> None:
     world = World(errors_during=1.0)
     run = judged(tmp_path / "aborted", world, FAILED)
     record = run_experiment(run)
-    assert judge(record, run.samples).outcome is Outcome.ABORTED and run.kit.driver.asked == []
+    assert judge(record, run.samples).outcome is Outcome.ABORTED and world.asked == []
 
-    shadow = build(tmp_path / "shadow", World(), shadow=True)
-    shadow.kit.driver = JudgingDriver(World(), FAILED)
-    assert run_experiment(shadow).findings == () and shadow.kit.driver.asked == []
+    world = World(judged=FAILED)
+    assert run_experiment(build(tmp_path / "shadow", world, shadow=True)).findings == () and world.asked == []
 
 
 def never_answers(run: Run) -> list[Step]:

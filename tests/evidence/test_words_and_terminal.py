@@ -8,11 +8,11 @@ import re
 import pytest
 
 from mlchaos_dagster.domain.environment import SandboxOptions
-from mlchaos_dagster.domain.record import ActionFacts, RecoveryResult, SliResult
+from mlchaos_dagster.domain.record import ActionFacts, Finding, RecoveryResult, SliResult
 from mlchaos_dagster.domain.spec import Objective, Quantity
 from mlchaos_dagster.evidence import words
 from mlchaos_dagster.evidence.json_output import run_json
-from mlchaos_dagster.evidence.report import render_html
+from mlchaos_dagster.evidence.report import render_html, render_markdown
 from mlchaos_dagster.evidence.rows import effect_texts, limit_text, quantity_text, signed, sli_rows
 from mlchaos_dagster.evidence.terminal import end_block
 
@@ -70,6 +70,24 @@ def test_every_rollback_action_is_told_wherever_a_run_is_told() -> None:
     assert all(line in block for line in told), block
     assert all(line in html.unescape(render_html(record, run.samples, run.verdict)) for line in told)
     assert [a["command"] for a in run_json(record, run.verdict, "", "")["actions"]] == ["", "mlchaos recover x"]
+
+
+@pytest.mark.req("R3-01")
+def test_what_the_backend_judged_is_told_wherever_a_run_is_told() -> None:
+    run = deviated()
+    findings = (
+        Finding(name="probe check-login", passed=False, saw="expected 200, <b>found</b> 503"),
+        Finding(name="verdict", passed=None, saw="Awaited"),
+    )
+    record = run.record.model_copy(update={"findings": findings})
+    block = end_block(record, run.verdict, width=120)
+    assert re.search(r"^  sandbox +probe check-login: expected 200, <b>found</b> 503 +✘$", block, re.M), block
+    assert re.search(r"^ +verdict: Awaited +\?$", block, re.M), block
+    page = render_html(record, run.samples, run.verdict)
+    assert "sandbox itself: probe check-login" in page and "&lt;b&gt;found" in page and "? no judgement" in page
+    assert "**sandbox** ✘ probe check-login" in render_markdown(record, run.samples, run.verdict, picture=False)
+    told = run_json(record, run.verdict)["findings"]
+    assert [(f["name"], f["passed"]) for f in told] == [("probe check-login", False), ("verdict", None)]
 
 
 def test_held_marks_stand_in_one_column() -> None:

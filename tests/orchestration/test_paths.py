@@ -17,6 +17,7 @@ import pytest
 from sim_platform import SimPlatform, environment, experiment
 
 from mlchaos_dagster.domain.outcome import Outcome
+from mlchaos_dagster.domain.record import Finding
 from mlchaos_dagster.errors import ConfigError, SpecError
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.launch import LaunchResult, launch
@@ -120,6 +121,24 @@ def test_deviated_is_a_finding(run: Any, platform: SimPlatform) -> None:
     assert not checks(result)["steady_state_held"] and severities(result)["steady_state_held"] == "ERROR"
     assert checks(result)["left_clean"]
     assert outcome(platform, result.run_id) is Outcome.DEVIATED
+
+
+@pytest.mark.req("R3-01")
+@pytest.mark.parametrize(("passed", "severity"), [(True, None), (False, "ERROR"), (None, "WARN")])
+def test_what_the_backend_judged_is_a_check(
+    run: Any, platform: SimPlatform, passed: bool | None, severity: Any
+) -> None:
+    def prepare(world: Any, _run_id: str) -> None:
+        world.judged = Finding(name="probe check-login", passed=passed, saw="expected 200")
+
+    platform.prepare = prepare
+    engine = {"kind": "litmus_engine", "engine": {"experiments": [{"name": "pod-cpu-hog"}]}}
+    result = run(experiment(fault=engine), env=environment(backends={"fake": ["litmus_engine"]}))
+    assert result.success
+    held = {**dict.fromkeys(keys.CHECKS, True), "steady_state_held": passed is not None}
+    assert checks(result) == {**held, keys.BACKEND_AGREES: passed is True}
+    assert severities(result).get(keys.BACKEND_AGREES) == severity
+    assert "probe check-login" in str(metadata(result, "chaos_metrics")["findings"])
 
 
 def test_aborted_by_a_limit(run: Any, platform: SimPlatform) -> None:
