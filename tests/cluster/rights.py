@@ -17,6 +17,7 @@ from tests.cluster import conftest
 
 ROOT = Path(__file__).parents[2]
 ACCOUNT = "mlchaos-runner"
+CHAOS_MESH = "chaos-mesh"
 
 
 class Rights:
@@ -28,6 +29,7 @@ class Rights:
         conftest.kubectl("create", "namespace", self.home)
         conftest.kubectl("create", "serviceaccount", ACCOUNT, "-n", self.home)
         self._apply([*self._of("ClusterRole"), *self._of("ClusterRoleBinding")])
+        self._apply(self._of_tools())
         self.kubeconfig = folder / "runner.kubeconfig"
         self.kubeconfig.write_text(json.dumps(self._config()))
         self.kubeconfig.chmod(0o600)
@@ -51,7 +53,17 @@ class Rights:
         for kind in ("ClusterRoleBinding", "ClusterRole"):
             names = [one["metadata"]["name"] for one in self._of(kind)]
             conftest.kubectl("delete", kind, *names, "--ignore-not-found", check=False)
+        for one in self._of_tools():
+            meta = one["metadata"]
+            conftest.kubectl("delete", one["kind"], meta["name"], "-n", meta["namespace"], check=False)
         conftest.kubectl("delete", "namespace", self.home, "--wait=false", check=False)
+
+    def _of_tools(self) -> list[dict[str, Any]]:
+        """What is bound where another tool runs: here that is not where its manifests say."""
+        there = conftest.kubectl("get", "namespace", CHAOS_MESH, "--ignore-not-found", "-o", "name")
+        placed = [*self._of("Role"), *self._of("RoleBinding")] if there else []
+        tool = [one for one in placed if "mlchaos-chaos-mesh-system" in one["metadata"]["name"]]
+        return [{**one, "metadata": {**one["metadata"], "namespace": CHAOS_MESH}} for one in tool]
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
         """Of the runner, under this session's names."""

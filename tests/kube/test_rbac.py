@@ -13,6 +13,7 @@ import yaml
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.cluster import preflight
 from mlchaos_dagster.drivers.cluster.handler import Handler, Request
+from mlchaos_dagster.drivers.every import of_cluster
 from mlchaos_dagster.drivers.kubernetes import actions
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.kube import leases
@@ -31,7 +32,7 @@ MIRRORS = f"{WATCHED} inferenceservices.serving.kserve.io"
 RUNNER: dict[str, dict[str, str]] = {
     "cluster": {
         "nodes": "list",  # probes/kubernetes_service.py: through which node a NodePort answers
-        "chaosengines.litmuschaos.io *.chaos-mesh.org": "list",  # drivers/cluster/rivals.py
+        "chaosengines.litmuschaos.io chaosschedules.litmuschaos.io *.chaos-mesh.org": "list",  # drivers/cluster/rivals.py
     },
     "target": {
         MIRRORS: "list watch",  # probes/kubernetes.py
@@ -73,10 +74,32 @@ SWEEPER: dict[str, dict[str, str]] = {
 """What recovery, proof and the heart ask for: `recover` and `active` of each handler, and sweeper.py."""
 
 
+BACKENDS = ("litmus", "chaos_mesh")
+"""Whose rights are folders of their own: who does not use them grants nothing."""
+
+FURTHER: dict[str, dict[str, dict[str, str]]] = {
+    "litmus": {},
+    "chaos_mesh": {
+        "target": {
+            "iochaos.chaos-mesh.org httpchaos.chaos-mesh.org timechaos.chaos-mesh.org": "get list create patch delete",
+            "podiochaos.chaos-mesh.org podhttpchaos.chaos-mesh.org": "get patch",
+        }
+    },
+}
+"""Of the runner: what teams bring along, which is asked for by that kind only."""
+
+
+def manifests(backend: str = "") -> Iterator[Path]:
+    """Files with roles and bindings of a backend; empty: what everybody needs."""
+    for path in sorted((RBAC / backend).rglob("*.yaml")):
+        if path.name != "kustomization.yaml" and (backend or not {*BACKENDS} & set(path.relative_to(RBAC).parts)):
+            yield path
+
+
 def roles() -> dict[str, Rules]:
     """What each role allows; a resource that is bound to a name is `resource/name`."""
     found: dict[str, Rules] = {}
-    for path in RBAC.glob("*.yaml"):
+    for path in (*manifests(), *(p for backend in BACKENDS for p in manifests(backend))):
         for role in yaml.safe_load_all(path.read_text()):
             if role["kind"] in ("Role", "ClusterRole"):
                 found[role["metadata"]["name"]] = set(_rules(role["rules"]))
@@ -92,10 +115,10 @@ def _rules(written: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
                     yield from ((shown, verb) for verb in rule["verbs"])
 
 
-def bound(account: str) -> dict[str, Rules]:
-    """What an account may, by place: of the cluster, in a target's namespace, in the control namespace."""
+def bound(account: str, backend: str = "") -> dict[str, Rules]:
+    """What an account may, by place: of the cluster, in a target's namespace, in the control namespace, in a tool's own."""
     there, found = roles(), {"cluster": Rules(), "target": Rules(), "control": Rules()}
-    for path in RBAC.rglob("*.yaml"):
+    for path in manifests(backend):
         for binding in yaml.safe_load_all(path.read_text()):
             if binding["kind"] in ("RoleBinding", "ClusterRoleBinding"):
                 if account in [s["name"] for s in binding["subjects"]]:
@@ -144,6 +167,46 @@ def test_the_sweeper_may_do_what_recovery_asks_for_and_nothing_else(place: str) 
     may, needs = bound("mlchaos-sweeper")[place], spread(SWEEPER[place])
     assert sorted(needs - may) == [], "missing"
     assert sorted(may - needs) == [], "not needed"
+
+
+def asked_through(backend: str) -> Iterator[Permission]:
+    """By every neutral fault of another tool's driver; what teams bring along asks for its own kind."""
+    site = Site(cast(Cluster, Api()), Kubernetes(context="c", namespace=SPACE))
+    driver = of_cluster(backend, site.cluster, site.options)
+    for kind in sorted(driver.faults - {"litmus_engine", "chaos_mesh_resource"}):
+        one = driver.handler(kind)
+        for what in sorted(one.kinds):
+            ref = Ref(what, "" if what == "node" else SPACE, "x", "u")
+            target = Target(select="app=x->app=y", kubernetes=KubernetesObjects())
+            for params in ({"interval_s": 1.0}, {}):
+                request = Request(kind, (ref,), (ref,), dict(params), target)
+                yield from preflight.permissions(request, iter(one.permissions(site, request)))
+
+
+@pytest.mark.req("R0-01")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_through_another_tool_may_what_its_driver_asks_for_and_nothing_else(backend: str) -> None:
+    more, base = bound("mlchaos-runner", backend), bound("mlchaos-runner")
+    places = {"": "cluster", SPACE: "target"}
+    needs = {"cluster": Rules(), "target": Rules(), "control": Rules()}
+    for p in asked_through(backend):
+        shown = p.resource + (f".{p.group}" if p.group else "")
+        needs[places.get(p.namespace, "control")].add((shown, p.verb))
+    for place, asked in needs.items():
+        asked |= spread(FURTHER[backend].get(place, {}))
+        assert sorted(asked - more[place] - base[place]) == [], f"missing ({place})"
+        assert sorted(more[place] - asked) == [], f"not needed ({place})"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_sweeper_takes_such_a_fault_away_and_makes_none(backend: str) -> None:
+    """What a recovery changes is what the run may change there, but for making it. (Chaos Mesh: docs/rbac.md.)"""
+    run, sweeper = bound("mlchaos-runner", backend), bound("mlchaos-sweeper", backend)
+    changes = {(r, v) for r, v in run["target"] if v in ("patch", "delete")}
+    assert changes <= sweeper["target"] | bound("mlchaos-sweeper")["target"]
+    assert sweeper["target"] <= run["target"] | bound("mlchaos-runner")["target"]
+    makes = {r for r, v in sweeper["target"] if v == "create"}
+    assert makes == ({r for r, v in run["target"] if v == "create"} if backend == "chaos_mesh" else set())
 
 
 def test_the_sweeper_makes_no_fault() -> None:
