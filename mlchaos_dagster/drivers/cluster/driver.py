@@ -113,7 +113,7 @@ class ClusterDriver:
         """See the handler."""
         site = self._of(lease, "inject")
         try:
-            chosen, injection = self.handler(lease.kind), _injection(lease)
+            chosen, injection = self.handler(lease.kind), injection_of(lease)
             beside(lambda told: chosen.inject(site, injection, told), step)
         except InjectFailed:
             raise
@@ -124,7 +124,7 @@ class ClusterDriver:
         """See the handler."""
         site = self._of(lease, "recover")
         try:
-            chosen, injection = self.handler(lease.kind), _injection(lease)
+            chosen, injection = self.handler(lease.kind), injection_of(lease)
             beside(lambda told: chosen.recover(site, injection, told), step)
         except RecoverFailed:
             raise
@@ -135,7 +135,7 @@ class ClusterDriver:
         """See the handler."""
         site = self._of(lease, "active")
         try:
-            return self.handler(lease.kind).active(site, _injection(lease))
+            return self.handler(lease.kind).active(site, injection_of(lease))
         except ApiRefused as e:
             raise DriverUnavailable(str(e), driver=self.name, verb="active", lease_id=lease.id) from e
 
@@ -185,5 +185,6 @@ def _refs(ids: tuple[str, ...]) -> tuple[Ref, ...]:
     return tuple(Ref.parse(text) for text in ids)
 
 
-def _injection(lease: Lease) -> Injection:
+def injection_of(lease: Lease) -> Injection:
+    """A lease, as a handler sees it."""
     return Injection(lease, _refs(lease.targets), lease.undo["fault"])
