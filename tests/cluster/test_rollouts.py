@@ -41,7 +41,7 @@ GOLDEN = json.loads((MANIFESTS / "base" / "golden" / "golden.json").read_text())
 OBJECTS = KubernetesObjects(kind="Rollout", version_variable="MODEL_VERSION", bad_version="v2")
 TARGET = Target(select="app=inference", kubernetes=OBJECTS)
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def shipped(overlay: str, namespace: str) -> list[dict[str, Any]]:
@@ -59,6 +59,15 @@ def apply(overlay: str, namespace: str) -> None:
     kubectl(
         "apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": shipped(overlay, namespace)})
     )
+
+
+def rested(namespace: str, within: int = 150) -> None:
+    """Healthy, of this very spec, with one version. By a watch: four replicas take their time on a machine with two cores."""
+    kubectl(
+        "wait", "rollout/inference", "-n", namespace, "--for=jsonpath={.status.phase}=Healthy", f"--timeout={within}s",
+        timeout=within + 10,
+    )  # fmt: skip
+    eventually(lambda: healthy(namespace), within, every=1)
 
 
 def rollout(namespace: str) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def service(cluster: Cluster, rights: Rights | None) -> Iterator[str]:
         if rights:
             rights.admit(name)
         apply("base", name)
-        eventually(lambda: healthy(name), 150)
+        rested(name, 240)
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=false", check=False)
@@ -165,7 +174,7 @@ def namespace(service: str) -> Iterator[str]:
         apply("base", service)
     kubectl("annotate", "rollout/inference", "-n", service, "mlchaos.dev/lease-", "mlchaos.dev/undo-", check=False)
     apply("base", service)
-    eventually(lambda: healthy(service), 150)
+    rested(service)
 
 
 @pytest.fixture
@@ -190,9 +199,9 @@ def test_a_bad_version_is_aborted_and_the_stable_one_serves_everything(
     with callers.asking():
         began = time.monotonic()
         lease = ship(faulting, driver)
-        eventually(lambda: driver.active(lease).effective, 60)
-        eventually(lambda: rollout(namespace)["status"].get("abort"), 60)
-        eventually(lambda: pods_of(namespace, "v2") == 0 and pods_of(namespace, "v1") == 4, 60)
+        eventually(lambda: driver.active(lease).effective, 60, every=0.5)
+        eventually(lambda: rollout(namespace)["status"].get("abort"), 60, every=0.5)
+        eventually(lambda: pods_of(namespace, "v2") == 0 and pods_of(namespace, "v1") == 4, 60, every=0.5)
         safe = time.monotonic()
         time.sleep(3)  # a while in which nothing may be wrong any more
     assert 0 < callers.share("wrong") <= 0.3, "a quarter of the pods, and the luck of the draw"
@@ -219,16 +228,16 @@ def test_without_analysis_all_answers_are_wrong_until_recovery(
     namespace: str, driver: KubernetesDriver, faulting: Faulting
 ) -> None:
     apply("teeth/no-analysis", namespace)
-    eventually(lambda: healthy(namespace), 60)
+    rested(namespace, 60)
     before = rollout(namespace)["spec"]["template"]
     callers = Callers(namespace)
     lease = ship(faulting, driver)
-    eventually(lambda: pods_of(namespace, "v1") == 0 and callers.all_say("wrong"), 120)
+    eventually(lambda: pods_of(namespace, "v1") == 0 and callers.all_say("wrong"), 120, every=0.5)
     found = rollout(namespace)["status"]
     assert found["phase"] == "Healthy", "nobody noticed"
     assert driver.active(lease).effective
     recover_elsewhere(lease)
-    eventually(lambda: healthy(namespace) and callers.all_say("right"), 60)
+    eventually(lambda: healthy(namespace) and callers.all_say("right"), 60, every=0.5)
     assert not driver.active(lease).present and pods_of(namespace, "v2") == 0
     assert rollout(namespace)["spec"]["template"] == before and marks(namespace) == []
 
@@ -256,13 +265,13 @@ def test_recovered_in_the_middle_of_the_canary_there_is_no_bad_pod_left(
 ) -> None:
     before, callers = rollout(namespace), Callers(namespace)
     lease = ship(faulting, driver)
-    eventually(lambda: pods_of(namespace, "v2") == 1, 30)
+    eventually(lambda: pods_of(namespace, "v2") == 1, 30, every=0.5)
     assert not rollout(namespace)["status"].get("abort")
     driver.recover(lease)
     assert not driver.active(lease).present
     assert healthy(namespace) or eventually(lambda: healthy(namespace), 30)
     assert rollout(namespace)["spec"]["template"] == before["spec"]["template"]
-    eventually(lambda: pods_of(namespace, "v2") == 0, 20)
+    eventually(lambda: pods_of(namespace, "v2") == 0, 20, every=0.5)
     assert callers.all_say("right")
 
 
@@ -276,7 +285,7 @@ def test_a_rollout_that_is_deleted_takes_the_fault_along(
     driver.recover(lease)
     apply("base", namespace)  # another one of its name
     driver.recover(lease)
-    eventually(lambda: healthy(namespace), 150)
+    rested(namespace)
     assert pods_of(namespace, "v2") == 0
 
 
@@ -295,7 +304,7 @@ def test_what_people_ship_meanwhile_stays(namespace: str, driver: KubernetesDriv
     driver.recover(lease)
     assert marks(namespace) == []
     people(theirs)
-    eventually(lambda: healthy(namespace), 90)
+    rested(namespace, 90)
     lease = ship(faulting, driver)
     people([*theirs, *annotate])
     generation = rollout(namespace)["metadata"]["generation"]
@@ -319,20 +328,20 @@ def test_a_rollout_is_aborted_and_resumed_as_a_rollback_action(
         "-p",
         json.dumps([{"op": "replace", "path": "/spec/strategy/canary/steps/1", "value": {"pause": {}}}]),
     )
-    eventually(lambda: healthy(namespace), 30)
+    rested(namespace, 30)
     assert driver.affected("abort_rollout", TARGET, {}) == driver.affected("resume_rollout", TARGET, {}) == ()
     people = '[{"op":"replace","path":"/spec/template/spec/containers/0/env/0/value","value":"v2"}]'
     kubectl("patch", "rollout/inference", "-n", namespace, "--type=json", "-p", people)
-    eventually(lambda: driver.affected("resume_rollout", TARGET, {"retry": False}), 60)
+    eventually(lambda: driver.affected("resume_rollout", TARGET, {"retry": False}), 60, every=0.5)
     resume = faulting.lease("resume_rollout", "app=inference", objects=OBJECTS, retry=False)
     driver.inject(resume)
-    eventually(lambda: rollout(namespace)["status"]["currentStepIndex"] > 1, 20)
+    eventually(lambda: rollout(namespace)["status"]["currentStepIndex"] > 1, 20, every=0.5)
     assert not driver.active(resume).present
     abort = faulting.lease("abort_rollout", "app=inference", objects=OBJECTS)
     driver.inject(abort)
     found = eventually(lambda: (s := rollout(namespace)["status"]) and s["phase"] == "Degraded" and s, 20)
     assert found["abort"] is True and not driver.active(abort).present
-    eventually(lambda: pods_of(namespace, "v2") == 0, 60)
+    eventually(lambda: pods_of(namespace, "v2") == 0, 60, every=0.5)
     assert driver.affected("resume_rollout", TARGET, {"retry": False}) == ()
     assert driver.affected("resume_rollout", TARGET, {"retry": True}) == driver.resolve(TARGET)
     driver.recover(abort)
@@ -347,7 +356,7 @@ def line(namespace: str, context: str, kubeconfig: str, tmp_path: Path) -> Itera
     """`mlchaos` on the environment and the experiment that are shipped, with a sweeper in the test's namespace."""
     sweeping.install(namespace)
     kubectl("rollout", "status", "-n", namespace, "deployment/mlchaos-sweeper", "--timeout=60s", timeout=70)
-    eventually(lambda: sweeping.heart(namespace), 30)
+    eventually(lambda: sweeping.heart(namespace), 30, every=0.5)
     environment = yaml.safe_load(
         (LIBRARY / "environments" / "rollouts.yaml").read_text().replace("mlrollouts", namespace)
     )
@@ -372,7 +381,7 @@ def test_the_experiment_holds_with_the_analysis_and_deviates_without(
     namespace: str, line: CommandLine, overlay: str, outcome: str
 ) -> None:
     apply(overlay, namespace)
-    eventually(lambda: healthy(namespace), 60)
+    rested(namespace, 60)
     code, said, trouble = line("run", "canary-of-test", "-o", "json", timeout=240)
     found = json.loads(said)
     assert found["outcome"] == outcome, (code, said[-3000:], trouble[-2000:])
@@ -380,18 +389,18 @@ def test_the_experiment_holds_with_the_analysis_and_deviates_without(
         reasons = json.dumps(found)
         assert "golden_error_rate" in reasons and "rolled_back" in reasons
     assert sweeping.open_leases(namespace) == [] and marks(namespace) == []
-    eventually(lambda: healthy(namespace) and Callers(namespace).all_say("right"), 60)
+    eventually(lambda: healthy(namespace) and Callers(namespace).all_say("right"), 60, every=0.5)
 
 
 @pytest.mark.req("R0-10", "RX-01")
 def test_a_run_that_is_killed_in_mid_canary_is_cleaned_up_by_the_sweeper(namespace: str, line: CommandLine) -> None:
     before = rollout(namespace)["spec"]["template"]
     run = line.start("run", "canary-of-test")
-    eventually(lambda: pods_of(namespace, "v2") == 1, 90)
+    eventually(lambda: pods_of(namespace, "v2") == 1, 90, every=0.5)
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     for pid in (*map(int, children), run.pid):
         os.kill(pid, signal.SIGKILL)
     run.wait()
     eventually(lambda: not sweeping.open_leases(namespace), sweeping.TTL_S + 40)
     assert rollout(namespace)["spec"]["template"] == before and marks(namespace) == [] and pods_of(namespace, "v2") == 0
-    eventually(lambda: healthy(namespace), 30)
+    rested(namespace, 30)
