@@ -28,6 +28,7 @@ def command() -> None:
                     "title": e.title,
                     "area": e.area,
                     "fault": e.fault.kind,
+                    "backend": environment.backend_for(e.fault.kind),
                     "target": e.target,
                     "duration_s": e.duration,
                     "window_s": environment.scaled(e.duration),
@@ -56,8 +57,13 @@ def command() -> None:
     )
     app.out()
     mark = {environment.name: "*"}
-    named = [(e.name + mark.get(e.name, ""), ", ".join(e.backends), e.title) for e in environments]
+    named = [(e.name + mark.get(e.name, ""), _backends(e), e.title) for e in environments]
     app.out(table(("ENVIRONMENT", "BACKENDS", "TITLE"), named, app.width))
+
+
+def _backends(environment: Environment) -> str:
+    """All of them, and which one serves what it shares with another."""
+    return ", ".join(b + (" (preferred)" if b == environment.prefer else "") for b in environment.backends)
 
 
 def _row(spec: Experiment | Progressive, environment: Environment) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current, leave
+from mlchaos_dagster.domain.units import show_duration
 from mlchaos_dagster.errors import Problem, SpecError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE"
 _EXIT_ABORTED = 4
+_NO_SCALE = 1e-9
+"""A scale at which every window is as long as `duration_min`, or as the experiment itself where that is shorter."""
 
 
 @dataclass
@@ -37,11 +40,16 @@ class Request:
 @click.option("--type", "kind", metavar="KIND", help="Run one fault without a file, such as pod_kill.")
 @click.option("--name", metavar="NAME", help="Name of the run of --type.")
 @click.option("--target", "--target-app", "target", metavar="TARGET", help="Target of --type.")
-@click.option("--duration", metavar="TIME", help="Length of the fault of --type: 30s, 5m, or bare seconds.")
+@click.option(
+    "--duration",
+    metavar="TIME",
+    help="Length of the fault: of --type; of a NAME at most its own. 30s, 5m, or bare seconds.",
+)
 @click.option("--param", multiple=True, metavar="NAME=VALUE", help="Parameter of --type, such as latency=300ms.")
 @click.option("--safety-threshold", metavar="0..1", help="Health score below which nothing starts.")
 @click.option("--stages", metavar="FILE", help="Run NAME in the stages of a file, each only after the one before held.")
 @click.option("--config", metavar="FILE", help="An experiment, or the words of --type, as YAML or JSON.")
+@click.option("--backend", metavar="BACKEND", help="Which backend makes the faults, where the environment has several.")
 @click.option("--shadow", is_flag=True, help="Everything but the injection.")
 @click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", help="Seed of all random choices (default: from the run id)."
@@ -84,7 +92,9 @@ def _again(app: App, options: dict[str, Any]) -> str | None:
     import shlex
     import sys
 
-    by_name = not any(options[o] for o in ("kind", "config", "stages")) and not app.given.get("library")
+    by_name = not any(options[o] for o in ("kind", "config", "stages", "backend", "duration")) and not app.given.get(
+        "library"
+    )
     return None if by_name else f"mlchaos {shlex.join(sys.argv[1:])}"
 
 
@@ -113,7 +123,32 @@ def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Reques
     if threshold is not None:
         limits = request.environment.limits.model_copy(update={"health_at_least": threshold})
         request.environment = request.environment.model_copy(update={"limits": limits})
+    if options["backend"]:
+        from mlchaos_dagster.domain.checks import through
+
+        request.environment = through(request.environment, options["backend"], request.experiments, "--backend")
+    if options["duration"] and not options["kind"]:
+        _shorten(app, request, options["duration"])
     return request
+
+
+def _shorten(app: App, request: Request, text: str) -> None:
+    """Windows of this length in place of the environment's scaled ones, as if its `duration_min` said so.
+
+    The experiments stay what they are, so every record tells of both lengths.
+    """
+    from mlchaos_dagster.cli.adhoc import seconds
+
+    try:
+        wanted = seconds(text)
+    except ValueError as e:
+        raise SpecError(str(e), "--duration") from e
+    environment = request.environment
+    for experiment in request.experiments:
+        if wanted > experiment.duration:
+            own = f"{experiment.name} lasts {show_duration(experiment.duration)} by itself"
+            app.note(f"{own}; it is not made longer")
+    request.environment = environment.model_copy(update={"duration_scale": _NO_SCALE, "duration_min": wanted})
 
 
 def _one_source(names: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -135,9 +170,11 @@ def _one_source(names: tuple[str, ...], options: dict[str, Any]) -> None:
     if len(given) > 1:
         raise SpecError(f"{' and '.join(given)} at the same time. Allowed: one of {_SOURCES}.", "run")
     if not options["kind"]:
-        for option in ("name", "target", "duration", "param"):
+        for option in ("name", "target", "param"):
             if options[option]:
                 raise SpecError(f"goes with --type only. Allowed: {_SOURCES}.", f"--{option}")
+        if options["duration"] and options["config"]:
+            raise SpecError("goes with NAME, --suite or --type: a file says its own.", "--duration")
     elif not options["target"]:
         raise SpecError("missing; --type needs it. `mlchaos list` shows the targets in use.", "--target")
 

@@ -15,7 +15,7 @@ from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_pro
 from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
 from mlchaos_dagster.domain.spec import Experiment, Quantity, Suite
 from mlchaos_dagster.domain.units import show_percent
-from mlchaos_dagster.errors import Problem
+from mlchaos_dagster.errors import Problem, SpecError
 
 
 def check_experiment(
@@ -35,6 +35,33 @@ def check_experiment(
     found.limits()
     found.rollback()
     return sort_problems(found.problems)
+
+
+def through(environment: Environment, backend: str, experiments: Iterable[Experiment], where: str) -> Environment:
+    """The environment with its faults made by this backend.
+
+    Args:
+        environment: where the experiments are to run.
+        backend: one of its backends.
+        experiments: all of which it must serve.
+        where: what the backend was named by, for the words of an error.
+
+    Raises:
+        SpecError: it is none of the environment's backends, or does not serve a fault.
+    """
+    if backend not in environment.backends:
+        known = ", ".join(environment.backends)
+        raise SpecError(f"{backend} is no backend of environment {environment.name}. Allowed: {known}.", where)
+    served, problems = environment.backends[backend], list[Problem]()
+    for kind in dict.fromkeys(e.fault.kind for e in experiments):
+        if kind not in served:
+            others = [name for name, kinds in environment.backends.items() if kind in kinds]
+            allowed = f"Allowed: {', '.join(others)}; or" if others else "To allow it,"
+            what = f"{backend} does not serve {kind} in {environment.name}. {allowed} name {kind} under backends.{backend}."
+            problems.append(Problem(where, what))
+    if problems:
+        raise SpecError(problems)
+    return environment.model_copy(update={"prefer": backend})
 
 
 def check_environment(environment: Environment, parsed: Parsed[Environment] | None = None) -> list[Problem]:

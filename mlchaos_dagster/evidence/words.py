@@ -238,7 +238,9 @@ def blast_text(record: RunRecord) -> str:
 def again_command(record: RunRecord) -> str:
     """The command that runs this experiment again."""
     shadow = " --shadow" if record.shadow else ""
-    return f"mlchaos run {record.experiment.name}{_elsewhere(record)}{shadow}"
+    prefer = record.environment.prefer
+    through = f" --backend {prefer}" if prefer and record.fault and record.fault.backend == prefer else ""
+    return f"mlchaos run {record.experiment.name}{_elsewhere(record)}{through}{shadow}"
 
 
 def _elsewhere(record: RunRecord) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import dagster as dg
 
+from mlchaos_dagster.domain.checks import through
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import AbortFacts, RunRecord, Samples, Verdict
 from mlchaos_dagster.domain.spec import Experiment
@@ -269,6 +270,8 @@ class Sessions:
     ) -> Session:
         """Build the engine's run. Raises MlChaosError: nothing was touched."""
         seed, not_after = seed_of(tags), not_after_of(tags)
+        if backend := tags.get(keys.TAG_BACKEND):
+            environment = through(environment, backend, [experiment], f"tag {keys.TAG_BACKEND}")
         name = keys.graph_name(experiment.name, environment.name)
         record_id = run_id if alone else f"{run_id}.{experiment.name}"
         stop = StatusWatcher(instance, run_id)

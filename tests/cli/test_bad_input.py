@@ -63,7 +63,11 @@ ARGUMENTS: list[tuple[list[str], list[str]]] = [
     (["run", "serving-pod-failure", "-e", "prod"], ['no environment "prod". Allowed: cluster, sandbox, sandbox-10, staging.']),
     (["run"], ["run: nothing to run. Allowed: NAME…, --suite S,"]),
     (["run", "x", "--suite", "smoke"], ["run: NAME and --suite at the same time."]),
-    (["run", "x", "--duration", "30"], ["--duration: goes with --type only."]),
+    (["run", "x", "--param", "a=1"], ["--param: goes with --type only."]),
+    (["run", "--config", "x.yaml", "--duration", "30"], ["--duration: goes with NAME, --suite or --type"]),
+    (["run", "serving-pod-failure", "--duration", "0"], ['--duration: "0" is not more than zero.']),
+    (["run", "serving-pod-failure", "--backend", "x"], ["--backend: x is no backend of environment sandbox. Allowed: "]),
+    (["run", "serving-pod-failure", "--backend", "s3"], ["--backend: s3 does not serve pod_failure in sandbox. Allowed: sandbox"]),
     (["run", "--type", "pod_kill"], ["--target: missing; --type needs it."]),
     (["run", "--type", "pod_kil", "--target", "prediction-service"], ['--type: no such fault "pod_kil". Did you mean "pod_kill"?']),
     (["run", "--type", "pod_kill", "--target", "orchestrater"], ['--target: no such target "orchestrater". Did you mean "orchestrator"?']),
@@ -171,7 +175,7 @@ def test_an_environment_that_could_not_protect(old: str, new: str, expected: str
     assert expected in line and "other.yaml:" in line and "hunter2" not in line
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("how", ["library", "check", "config"])
 def test_a_pipe_is_not_waited_for(how: str, cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "lib" / "experiments"

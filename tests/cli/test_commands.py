@@ -20,6 +20,8 @@ from mlchaos_dagster.cli import experiments_doc, main
 from mlchaos_dagster.cli.adhoc import AdHoc, build, seconds
 from mlchaos_dagster.cli.app import App
 from mlchaos_dagster.cli.run import prepare
+from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.evidence.words import shortened_by
 from tests.cli.conftest import Cli, fingerprint
 from tests.domain.test_parsing import GOOD
 
@@ -159,9 +161,8 @@ def test_docs_are_up_to_date() -> None:
 
 # ---- run, as far as the moment before Dagster is imported
 
-OPTIONS = dict.fromkeys(("suite", "kind", "name", "target", "duration", "safety_threshold", "config", "stages")) | {
-    "param": ()
-}
+_NOT_GIVEN = ("suite", "kind", "name", "target", "duration", "safety_threshold", "config", "stages", "backend")
+OPTIONS = dict.fromkeys(_NOT_GIVEN) | {"param": ()}
 
 
 @pytest.mark.req("R4-02")
@@ -184,6 +185,19 @@ def test_the_command_of_r4_02(home: Path) -> None:
 def test_the_threshold_moves_the_guard_both_ways(threshold: str, home: Path) -> None:
     request = prepare(App({}), ("serving-pod-failure",), OPTIONS | {"safety_threshold": threshold})
     assert request.environment.limits.health_at_least == float(threshold)
+
+
+def test_a_shorter_window_leaves_the_experiment_what_it_is(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = prepare(App({}), ("serving-pod-failure",), OPTIONS | {"duration": "20"})
+    (experiment,) = request.experiments
+    assert experiment == Catalog().experiment("serving-pod-failure") and experiment.duration == 600.0
+    assert request.environment.scaled(experiment.duration) == 20.0
+    assert shortened_by(experiment.duration, request.environment) == "duration_min 20 s"
+    longer = prepare(App({}), ("serving-pod-failure",), OPTIONS | {"duration": "2h"})
+    assert longer.environment.scaled(experiment.duration) == 600.0
+    assert "serving-pod-failure lasts 10 m by itself; it is not made longer" in capsys.readouterr().err
+    again = Environment.model_validate(request.environment.model_dump(mode="json", by_alias=True))
+    assert again == request.environment, "a record that says so can be read again"
 
 
 def test_a_suite_and_a_config_file(home: Path, tmp_path: Path) -> None:

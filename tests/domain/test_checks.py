@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlchaos_dagster.catalog import Catalog
-from mlchaos_dagster.domain.checks import check_experiment, check_suite
+from mlchaos_dagster.domain.checks import check_experiment, check_suite, through
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.parsing import Parsed, parse_any, parse_model
 from mlchaos_dagster.domain.spec import Suite
@@ -25,6 +25,15 @@ def problems(text: str, environment: Environment) -> list[str]:
 
 def test_the_example_of_the_design_runs_in_the_sandbox(sandbox: Environment) -> None:
     assert problems(GOOD, sandbox) == []
+
+
+@pytest.mark.req("R1-06")
+def test_one_run_through_another_backend_moves_its_faults_and_no_others(sandbox: Environment) -> None:
+    shared = {**sandbox.backends, "model": (*sandbox.backends["model"], "pod_failure")}
+    both = sandbox.model_copy(update={"backends": shared, "prefer": "sandbox"})
+    moved = through(both, "model", [Catalog().experiment("serving-pod-failure")], "--backend")
+    assert (both.backend_for("pod_failure"), moved.backend_for("pod_failure")) == ("sandbox", "model")
+    assert moved.backend_for("pod_delete") == "sandbox"
 
 
 WRONG = [
