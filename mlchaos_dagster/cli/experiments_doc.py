@@ -30,8 +30,11 @@ def text(catalog: Catalog) -> str:
     """The whole page."""
     environment = catalog.environment("sandbox")
     written = catalog.written()
+    # Some measure what is to be had on clusters only.
+    elsewhere = {name: sli for e in catalog.environments() for name, sli in e.slis.items()}
+    known = environment.model_copy(update={"slis": {**elsewhere, **environment.slis}})
     parts = [_HEAD, _overview(written, environment)]
-    parts += [_experiment(s, environment) if isinstance(s, Experiment) else _in_stages(s, environment) for s in written]
+    parts += [_experiment(s, known) if isinstance(s, Experiment) else _in_stages(s, known) for s in written]
     parts += ["## Suites\n", _suites(catalog.suites(expanded=False)), "## Faults\n", _faults(environment)]
     parts += [f"## The environment `{environment.name}`\n", _environment(environment)]
     return "\n".join(parts)
