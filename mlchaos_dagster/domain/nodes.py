@@ -123,6 +123,23 @@ def read_document(text: str | bytes, source: str) -> Document:
     return document
 
 
+def read_documents(text: str | bytes, source: str) -> list[Document]:
+    """The trees of a file of one or more YAML documents, whatever they hold; empty ones are left out.
+
+    Raises:
+        SpecError: it cannot be read as YAML; one problem, with its place.
+    """
+    decoded = _decode(text, source)
+    try:
+        return _Reader(decoded, source, many=True).read_all()
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        raise SpecError(_syntax(decoded, line, e), f"{source}:{line}:{column}") from e
+    except yaml.YAMLError as e:
+        raise SpecError(f"not YAML: {' '.join(str(e).split())[:160]}.", f"{source}:1:1") from e
+
+
 def _decode(text: str | bytes, source: str) -> str:
     if len(text) > MAX_BYTES:
         raise SpecError("the file is larger than 1 MiB. Allowed: specs of at most 1 MiB.", f"{source}:1:1")
@@ -164,12 +181,13 @@ def _syntax(text: str, line: int, e: yaml.MarkedYAMLError) -> str:
 class _Reader:
     """Events → nodes, without recursion and within bounds."""
 
-    def __init__(self, text: str, source: str) -> None:
+    def __init__(self, text: str, source: str, many: bool = False) -> None:
         # libyaml where PyYAML was built with it: ten times as fast
         self.loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-        self.source = source
+        self.source, self.many = source, many
         self.anchors: dict[str, Node] = {}
         self.problems: list[Problem] = []
+        self.done: list[Document] = []
 
     def read(self) -> Document:
         try:
@@ -177,6 +195,19 @@ class _Reader:
         finally:
             self.loader.dispose()
         return Document(self.source, root, self.problems)
+
+    def read_all(self) -> list[Document]:
+        try:
+            self._read()
+        finally:
+            self.loader.dispose()
+        return self.done
+
+    def _finish(self, root: Node | None) -> None:
+        """One document of many has ended: its anchors end with it."""
+        if root is not None and (root.kind != "scalar" or root.value is not None):
+            self.done.append(Document(self.source, root, self.problems))
+        self.anchors, self.problems = {}, []
 
     def _read(self) -> Node:
         root: Node | None = None
@@ -190,8 +221,12 @@ class _Reader:
                 return root or Node(None, 1, 1)
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
-                if documents > 1:
+                if documents > 1 and not self.many:
                     self._fail(event, "a second document begins here. Allowed: one document in a file.")
+            if self.many and isinstance(event, yaml.DocumentEndEvent):
+                self._finish(root)
+                root = None
+                continue
             if isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
                 done = stack.pop()
                 keys.pop()
