@@ -384,6 +384,10 @@ class ChaosMesh(Model):
     recover_within: Duration = 6.0
     """For so long Chaos Mesh may take the fault away itself; then we do what can be done at the target. It takes a second
     or two; `safety.recover_timeout` (15 s) bounds the whole."""
+    take_its_word: bool = False
+    """Of a team's own resource whose effect nothing of ours can see (TimeChaos, HTTPChaos, JVMChaos, KernelChaos,
+    BlockChaos, clouds and physical machines): whether Chaos Mesh's record of the injection counts as seen. `false`: such a
+    run can deviate, and never be HELD."""
 
 
 class Litmus(Model):

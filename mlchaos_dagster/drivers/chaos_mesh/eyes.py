@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.kube.client import Permission, Site
+from mlchaos_dagster.kube.objects import Object
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Eyes(Protocol):
         """What is compared with later; part of the lease."""
         ...
 
-    def open(self, site: Site, injection: Injection, step: Step) -> None:
-        """Get ready, before the fault."""
+    def open(self, site: Site, injection: Injection, step: Step) -> dict[str, str]:
+        """Get ready, before the fault; annotations that our resource is to carry."""
         ...
 
-    def look(self, site: Site, injection: Injection) -> Seen:
-        """What is there now. Raises DriverUnavailable: it could not be seen."""
+    def reopen(self, site: Site, injection: Injection, step: Step) -> None:
+        """Get ready again, for who recovers, wherever `open` was."""
+        ...
+
+    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+        """What is there now; `those` are our resources. Raises DriverUnavailable: it could not be seen."""
         ...
 
     def mend(self, site: Site, injection: Injection, step: Step) -> list[str]:

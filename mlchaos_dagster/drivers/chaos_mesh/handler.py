@@ -16,8 +16,8 @@ from mlchaos_dagster.drivers.chaos_mesh.eyes import Eyes
 from mlchaos_dagster.drivers.chaos_mesh.resources import is_one_shot, resource, shown
 from mlchaos_dagster.drivers.chaos_mesh.specs import Made, held_for
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
-from mlchaos_dagster.engine.ports import Objection, Step
-from mlchaos_dagster.errors import RecoverFailed
+from mlchaos_dagster.engine.ports import Objection, Step, no_step
+from mlchaos_dagster.errors import DriverError, RecoverFailed
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import Object, text
 
@@ -66,7 +66,11 @@ class Fault:
         yield from found
         if found:
             return
-        kind, spec = self.make(site, request, {})
+        try:
+            kind, spec = self.make(site, request, self.eyes.before(site, request, no_step))
+        except DriverError as e:
+            yield Objection(str(e), "targets as the fault needs them")
+            return
         made = resource("mlchaos-asked", kind, home_of(site, request), _with_duration(kind, spec, 60.0))
         spaces = sorted({ref.namespace for ref in request.refs if ref.namespace})
         yield from preflight.objections(site, request, made, spaces)
@@ -79,8 +83,8 @@ class Fault:
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
         """Open the eyes, create, wait. Raises InjectFailed: with the words of Chaos Mesh or of its daemon."""
-        self.eyes.open(site, injection, step)
-        life.begin(site, injection, _resource(site, injection), step)
+        notes = self.eyes.open(site, injection, step)
+        life.begin(site, injection, _resource(site, injection, notes), step)
 
     def recover(self, site: Site, injection: Injection, step: Step) -> None:
         """As the module says. Raises RecoverFailed: something is still on, or nobody could look."""
@@ -92,10 +96,11 @@ class Fault:
             life.delete(site, now)
             said += failed
             said += leavings.take_back(site, injection, now, step)
-        seen = self.eyes.look(site, injection)
+        self.eyes.reopen(site, injection, step)
+        seen = self.eyes.look(site, injection, now)
         if seen.present:
             said += self.eyes.mend(site, injection, step)
-            seen = self.eyes.look(site, injection)
+            seen = self.eyes.look(site, injection, now)
             if seen.present:
                 raise RecoverFailed("; ".join([*said, *seen.lines]), driver=NAME, lease_id=lease.id)
         life.delete(site, now)
@@ -112,7 +117,7 @@ class Fault:
         """The resource, and the pods with our own eyes."""
         undo = injection.undo
         those = life.mine(site, undo["kind"], undo["namespace"], injection.lease)
-        seen = self.eyes.look(site, injection)
+        seen = self.eyes.look(site, injection, those)
         standing = [one for one in those if not life.inert(one)]
         lines = [*seen.lines, *(_line(one) for one in those), *_told.get(injection.lease.id, ())]
         if not those:
@@ -130,12 +135,14 @@ def home_of(site: Site, request: Request) -> str:
     return spaces[0] if spaces else request.target.kubernetes.namespace or site.options.namespace
 
 
-def _resource(site: Site, injection: Injection) -> Object:
+def _resource(site: Site, injection: Injection, notes: dict[str, str]) -> Object:
     undo, lease = injection.undo, injection.lease
     # Chaos Mesh counts from the creation, we from the moment when all targets are injected.
     lasts = lease.duration_s + site.options.chaos_mesh.inject_within
     spec = _with_duration(undo["kind"], undo["spec"], lasts)
-    return resource(lease.id, undo["kind"], undo["namespace"], spec, marks=undo.get("marks", {}))
+    made = resource(lease.id, undo["kind"], undo["namespace"], spec, marks=undo.get("marks", {}))
+    made["metadata"]["annotations"].update(notes)
+    return made
 
 
 def _with_duration(kind: str, spec: Object, seconds: float) -> Object:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from mlchaos_dagster.drivers.chaos_mesh.resources import API, GROUP, source
+from mlchaos_dagster.drivers.chaos_mesh.states import records
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.engine.ports import Step
@@ -30,18 +31,11 @@ def permissions(kind: str, spaces: Iterable[str]) -> Iterator[Permission]:
             yield Permission(verb, NOTES[kind], space, GROUP)
 
 
-def standing(site: Site, injection: Injection, name: str) -> list[str]:
-    """Pods at which our resource of this name is still noted."""
-    undo = injection.undo
-    ours = f"{undo['namespace']}/{name}"
-    return [path for path, found in _notes(site, injection) if _has(found, ours)]
-
-
 def take_back(site: Site, injection: Injection, those: Sequence[Object], step: Step) -> list[str]:
     """Take the entries of our resources out; what was done."""
     said: list[str] = []
     sources = {source(one) for one in those}
-    for path, _ in _notes(site, injection):
+    for path in _notes(injection, those):
         for _ in range(_TRIES):
             found = site.cluster.get(path)
             if found is None or not any(_has(found, s) for s in sources):
@@ -62,13 +56,13 @@ def take_back(site: Site, injection: Injection, those: Sequence[Object], step: S
     return said
 
 
-def _notes(site: Site, injection: Injection) -> Iterator[tuple[str, Object]]:
+def _notes(injection: Injection, those: Sequence[Object]) -> list[str]:
+    """Where the notes of all pods are that our resources touched, those at the other end of a link included."""
     plural = NOTES.get(injection.undo["kind"])
-    for ref in injection.refs if plural else ():
-        path = f"{API}/namespaces/{ref.namespace}/{plural}/{ref.name}"
-        found = site.cluster.get(path)
-        if found is not None:
-            yield path, found
+    pods = {(ref.namespace, ref.name) for ref in injection.refs if ref.kind == "pod"}
+    for one in those:
+        pods |= {(i[0], i[1]) for r in records(one) if len(i := text(r, "id").split("/")) > 1}
+    return [f"{API}/namespaces/{space}/{plural}/{name}" for space, name in sorted(pods)] if plural else []
 
 
 def _has(found: Object, ours: str) -> bool:
@@ -81,7 +75,7 @@ def _without(spec: Object, sources: Iterable[str]) -> Object:
     return {
         key: [e for e in _entries(value) if text(e, "source") not in sources]
         for key, value in spec.items()
-        if isinstance(value, list)
+        if _entries(value)
     }
 
 

@@ -146,7 +146,11 @@ def _told(site: Site, found: Object) -> str:
 
 
 def pause(site: Site, found: Object) -> str:
-    """Tell Chaos Mesh to recover and keep the status. Returns why it cannot be told; empty: it was."""
+    """Tell Chaos Mesh to recover and keep the status. Returns why it cannot be told; empty: it was.
+
+    Its webhooks see every change, so where they do not answer nothing can be changed, and a call takes as long as they
+    may: then only a deletion, which they do not see, is left.
+    """
     spec = mapping(found, "spec")
     if is_one_shot(text(found, "kind"), spec) or text(found, "metadata", "deletionTimestamp"):
         return ""
@@ -154,10 +158,12 @@ def pause(site: Site, found: Object) -> str:
         return ""
     try:
         _change(site, found, lambda now: _annotate(site, now, found, PAUSE, "true"))
+    except DriverUnavailable as e:
+        return f"{shown(found)} could not be paused: {e}"
     except ApiRefused as e:
         if not _is_webhook(e):
             raise
-        return str(e)
+        return f"{shown(found)} could not be paused: {e}"
     return ""
 
 
@@ -221,6 +227,8 @@ def release(site: Site, those: Sequence[Object], step: Step) -> tuple[list[Objec
                     site, found, lambda now, body=body: frozen.patch(site, now, path_of(now), {"metadata": body})
                 ):
                     said.append(f"{shown(found)} did not go, and its target was proven clean: {what}")
+            except DriverUnavailable as e:
+                said.append(f"{shown(found)}: {what}: {e}")
             except ApiRefused as e:
                 if not _is_webhook(e):
                     raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mlchaos_dagster.drivers.chaos_mesh import states
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
-from mlchaos_dagster.drivers.chaos_mesh.resources import name_of
+from mlchaos_dagster.drivers.chaos_mesh.resources import is_one_shot, name_of
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.cluster.preflight import is_ready
@@ -21,7 +22,7 @@ NAME = "chaos_mesh"
 _PLACES = (("containers", "normal"), ("initContainers", "init"))
 
 
-class _Quiet:
+class Quiet:
     """What needs no preparation in the pods."""
 
     verbs: tuple[str, ...] = ("get", "list")
@@ -40,7 +41,11 @@ class _Quiet:
         """Nothing."""
         return {}
 
-    def open(self, site: Site, injection: Injection, step: Step) -> None:
+    def open(self, site: Site, injection: Injection, step: Step) -> dict[str, str]:
+        """Nothing to do."""
+        return {}
+
+    def reopen(self, site: Site, injection: Injection, step: Step) -> None:
         """Nothing to do."""
 
     def mend(self, site: Site, injection: Injection, step: Step) -> list[str]:
@@ -51,18 +56,28 @@ class _Quiet:
         """Nothing to do."""
 
 
-class Blind(_Quiet):
-    """For what has no look of its own: the resource alone tells."""
+class WordEyes(Quiet):
+    """For kinds of which nothing can be seen from outside: a shifted clock, a cloud's disk. The resource alone tells.
 
-    def look(self, site: Site, injection: Injection) -> Seen:
-        """Nothing."""
-        return Seen(False, False, ())
+    Its word for an injection counts only where the environment says so (`chaos_mesh.take_its_word`); its word for a
+    recovery has to: there is no other.
+    """
+
+    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+        """What Chaos Mesh says."""
+        kind = injection.undo["kind"]
+        on = [one for one in those if states.is_on(one) and not is_one_shot(kind, mapping(one, "spec"))]
+        done = bool(those) and all(states.injected(one) for one in those)
+        line = f"nothing of ours can see {kind}: " + (
+            "Chaos Mesh's own word is taken" if site.options.chaos_mesh.take_its_word else "its effect is not proven"
+        )
+        return Seen(bool(on), done and site.options.chaos_mesh.take_its_word, (line,))
 
 
-class GoneEyes(_Quiet):
+class GoneEyes(Quiet):
     """pod-kill: the frozen pods are gone or going."""
 
-    def look(self, site: Site, injection: Injection) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
         """By uid: what replaced them is somebody else."""
         here: list[bool] = []
         lines: list[str] = []
@@ -74,7 +89,7 @@ class GoneEyes(_Quiet):
         return Seen(False, not any(here), tuple(lines))
 
 
-class StartEyes(_Quiet):
+class StartEyes(Quiet):
     """container-kill: the frozen start of the container is over."""
 
     def before(self, site: Site, request: Request, step: Step) -> dict[str, Any]:
@@ -88,7 +103,7 @@ class StartEyes(_Quiet):
             step(done + 1, len(request.refs))
         return {"starts": found}
 
-    def look(self, site: Site, injection: Injection) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
         """By container id."""
         over: list[bool] = []
         lines: list[str] = []
@@ -104,7 +119,7 @@ class StartEyes(_Quiet):
         return Seen(False, all(over), tuple(lines))
 
 
-class ImageEyes(_Quiet):
+class ImageEyes(Quiet):
     """pod-failure: the images of the frozen pods are Chaos Mesh's pause image, their own are in its annotations."""
 
     verbs = ("get", "list", "patch", "delete")
@@ -118,7 +133,7 @@ class ImageEyes(_Quiet):
             }
         }
 
-    def look(self, site: Site, injection: Injection) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
         """Present while an image or an annotation is Chaos Mesh's; effective when nothing of the service runs."""
         held: list[bool] = []
         down: list[bool] = []

@@ -107,7 +107,7 @@ def chain_names(name: str) -> tuple[str, str]:
 
 def set_prefix(name: str) -> str:
     """How the names of its ipsets begin."""
-    return f"{name[:5]}_"
+    return f"{name[:5]}_{hashlib.sha256(name[5:].encode()).hexdigest()[:8]}"
 
 
 def _compressed(name: str, length: int) -> str:

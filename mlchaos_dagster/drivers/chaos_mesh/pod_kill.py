@@ -1,0 +1,199 @@
+"""`pod_delete` through PodChaos pod-kill: once, or again at an interval.
+
+At an interval, a thread of the run's own process makes one resource a round, for what replaced the frozen pods, as many
+each time. (A Schedule of Chaos Mesh knows minutes at best through cron, would select anew by labels, and go on when all
+of us are dead.) The thread ends with the process, at the lease's deadline, when the lease is taken over, on `recover`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.drivers.chaos_mesh import life, preflight, specs, states
+from mlchaos_dagster.drivers.chaos_mesh.handler import home_of
+from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import GoneEyes
+from mlchaos_dagster.drivers.chaos_mesh.resources import name_of, resource
+from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.engine.ports import Lease, Objection, Step, no_step
+from mlchaos_dagster.errors import DriverError, RecoverFailed, StoreError
+from mlchaos_dagster.kube.client import Permission, Site
+from mlchaos_dagster.kube.objects import Object, part, text
+from mlchaos_dagster.kube.refs import Ref, collection
+from mlchaos_dagster.kube.selecting import is_there
+
+NAME = "chaos_mesh"
+_KIND = "PodChaos"
+
+
+class PodKill:
+    """Kill the frozen pods, once or at an interval."""
+
+    kinds = frozenset({"pod"})
+    self_limiting = True
+
+    def __init__(self) -> None:
+        self.eyes = GoneEyes()
+
+    def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
+        """Resources, and pods."""
+        spaces = {ref.namespace for ref in request.refs}
+        yield from preflight.permissions(site, _KIND, spaces, home_of(site, request))
+        yield from self.eyes.permissions(site, request)
+
+    def objections(self, site: Site, request: Request) -> Iterator[Objection]:
+        """Pods that would not come back; evictions, which Chaos Mesh does not know."""
+        if request.params.get("evict"):
+            yield Objection(
+                "Chaos Mesh deletes pods and knows no eviction", "`evict: false`; or the backend kubernetes"
+            )
+        for ref, pod in frozen.read_all(site, request.refs).items():
+            owner = text(frozen.controller(pod), "kind")
+            if pod is not None and owner in ("", "Node"):
+                why = "no controller owns it" if not owner else "it is a static pod of its node"
+                yield Objection(f"{ref.shown} would not come back: {why}", "pods of a Deployment, StatefulSet or Job")
+        kind, spec = specs.pod_kill(request.refs, 0)
+        made = resource("mlchaos-asked", kind, home_of(site, request), spec)
+        yield from preflight.objections(site, request, made, sorted({ref.namespace for ref in request.refs}))
+
+    def undo(self, site: Site, request: Request, step: Step) -> dict[str, Any]:
+        """Nothing can be undone; kept are the controllers, whose pods an interval hits, and how long a pod may take to end."""
+        owners: dict[str, str] = {}
+        grace_s = 0
+        for done, (ref, pod) in enumerate(frozen.read_all(site, request.refs).items()):
+            owners[ref.uid] = text(frozen.controller(pod), "uid")
+            if request.params.get("signal") == "term":
+                grace_s = max(grace_s, int(part(pod, "spec", "terminationGracePeriodSeconds") or 0))
+            step(done + 1, len(request.refs))
+        return {"kind": _KIND, "namespace": home_of(site, request), "owners": owners, "grace_s": grace_s}
+
+    def inject(self, site: Site, injection: Injection, step: Step) -> None:
+        """The frozen pods; then the rounds of an interval begin. Raises InjectFailed: in Chaos Mesh's words."""
+        lease, began = injection.lease, time.monotonic()
+        life.begin(site, injection, _made(injection, injection.refs, ""), step)
+        _hit.add(lease.id)
+        if interval_s := injection.params.get("interval_s"):
+            rounds = _Rounds(site, injection, interval_s, began + lease.duration_s)
+            _running[lease.id] = rounds
+            rounds.start()
+
+    def recover(self, site: Site, injection: Injection, step: Step) -> None:
+        """End the rounds, delete the resources. A deleted one kills nothing more. Raises RecoverFailed: it stays."""
+        lease = injection.lease
+        rounds = _running.get(lease.id)
+        if rounds is not None:
+            rounds.stop.set()
+            end = time.monotonic() + 4 * site.cluster.timeout_s
+            while rounds.is_alive():
+                if time.monotonic() > end:
+                    raise RecoverFailed("a round is still under way", driver=NAME, lease_id=lease.id)
+                step(0, 0)
+                rounds.join(0.1)
+        those = life.mine(site, _KIND, injection.undo["namespace"], lease)
+        life.delete(site, those)
+        left, said = life.release(site, those, step)
+        if stuck := [one for one in left if not life.inert(one)]:
+            names = ", ".join(text(one, "metadata", "name") for one in stuck)
+            raise RecoverFailed(
+                "; ".join([f"PodChaos {names} cannot be deleted", *said]), driver=NAME, lease_id=lease.id
+            )
+
+    def active(self, site: Site, injection: Injection) -> Evidence:
+        """Effective: every frozen pod is gone or going, and Chaos Mesh says that it did it. Present: rounds or resources."""
+        lease = injection.lease
+        those = life.mine(site, _KIND, injection.undo["namespace"], lease)
+        seen = self.eyes.look(site, injection, those)
+        standing = [one for one in those if not life.inert(one)]
+        done = lease.id in _hit or any(states.injected(one) for one in those)
+        rounds = _running.get(lease.id)
+        lines = [*([rounds.said] if rounds else ()), *seen.lines]
+        lines += [
+            f"PodChaos {text(one, 'metadata', 'name')} stands, done at {states.injected_at(one)}" for one in standing
+        ]
+        alive = rounds is not None and rounds.is_alive()
+        effective = seen.effective and done and (rounds is None or (alive and not rounds.error))
+        return Evidence(present=alive or bool(standing), effective=effective, lines=tuple(lines))
+
+
+class _Rounds(threading.Thread):
+    """Kills what replaced the frozen pods, every `interval_s`, until it is stopped or `deadline` (monotonic)."""
+
+    def __init__(self, site: Site, injection: Injection, interval_s: float, deadline: float) -> None:
+        super().__init__(name=f"pod-kill-{injection.lease.id}", daemon=True)
+        self.site, self.injection, self.interval_s, self.deadline = site, injection, interval_s, deadline
+        self.stop = threading.Event()
+        self.error = ""
+        """Why the last round did not succeed; empty: it did."""
+        self._done = 1
+        self._killed = [ref.name for ref in injection.refs]
+
+    @property
+    def said(self) -> str:
+        """What it did, in one line."""
+        pods = f"{len(self._killed)} pods killed in {self._done} rounds, the last: {self._killed[-1]}"
+        return f"{pods}; {self.error}" if self.error else pods
+
+    def run(self) -> None:
+        """Rounds at a steady beat, however long each takes."""
+        due = time.monotonic()
+        while True:
+            due = max(due + self.interval_s, time.monotonic())
+            if due >= self.deadline:
+                self.stop.wait(max(0.0, self.deadline - time.monotonic()))
+                return
+            if self.stop.wait(due - time.monotonic()):
+                return
+            try:
+                self._round()
+                self.error = ""
+            except StoreError as e:  # fenced, or the lease is gone: it is no longer ours to do
+                self.error = str(e)
+                return
+            except DriverError as e:
+                self.error = f"the last round failed: {e}"
+
+    def _round(self) -> None:
+        refs = self._newest()
+        if not refs or self.stop.is_set():
+            return
+        injection = Injection(self.injection.lease, tuple(refs), self.injection.undo)
+        made = _made(injection, refs, f"-r{self._done}")
+        found = life.begin(self.site, injection, made, no_step)
+        life.delete(self.site, [found])
+        self._killed += [ref.name for ref in refs]
+        self._done += 1
+
+    def _newest(self) -> list[Ref]:
+        """As many pods of each controller as were frozen of it, the newest."""
+        owners: dict[str, str] = self.injection.undo["owners"]
+        wanted: dict[tuple[str, str], int] = {}
+        for ref in self.injection.refs:
+            key = (ref.namespace, owners[ref.uid])
+            wanted[key] = wanted.get(key, 0) + 1
+        found: list[Ref] = []
+        for (namespace, owner), count in wanted.items():
+            there = [p for p in self.site.cluster.list(collection("pod", namespace)) if is_there(p)]
+            newest = sorted(
+                (p for p in there if text(frozen.controller(p), "uid") == owner),
+                key=lambda p: (text(p, "metadata", "creationTimestamp"), text(p, "metadata", "name")),
+                reverse=True,
+            )
+            found += [Ref.of("pod", p) for p in newest[:count]]
+        return found
+
+
+_hit: set[str] = set()
+"""Leases whose pods Chaos Mesh killed at this process's word."""
+_running: dict[str, _Rounds] = {}
+"""Rounds of this process by lease; they end with it."""
+
+
+def _made(injection: Injection, refs: tuple[Ref, ...] | list[Ref], extra: str) -> Object:
+    lease: Lease = injection.lease
+    kind, spec = specs.pod_kill(refs, int(injection.undo["grace_s"]))
+    name = name_of(lease.id, extra)
+    return resource(lease.id, kind, injection.undo["namespace"], spec, name=name)
