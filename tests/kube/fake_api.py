@@ -53,13 +53,16 @@ class Api:
         return self._call(lambda: copy.deepcopy(self.objects.get(path)))
 
     def list(self, path: str, *, labels: str = "", fields: str = "") -> list[dict[str, Any]]:
-        wanted = dict(pair.split("=") for pair in labels.split(",") if pair)
+        wanted = dict(pair.split("=") for pair in labels.split(",") if "=" in pair)
+        there = {key for key in labels.split(",") if key and "=" not in key}
 
         def find() -> list[dict[str, Any]]:
             return [
                 copy.deepcopy(o)
                 for name, o in sorted(self.objects.items())
-                if name.rpartition("/")[0] == path and wanted.items() <= (o["metadata"].get("labels") or {}).items()
+                if name.rpartition("/")[0] == path
+                and wanted.items() <= (o["metadata"].get("labels") or {}).items()
+                and there <= (o["metadata"].get("labels") or {}).keys()
             ]
 
         return self._call(find)

@@ -13,6 +13,7 @@ import yaml
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.cluster import preflight
 from mlchaos_dagster.drivers.cluster.handler import Handler, Request
+from mlchaos_dagster.drivers.cluster.points import SAMPLE
 from mlchaos_dagster.drivers.every import of_cluster
 from mlchaos_dagster.drivers.kubernetes import actions
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
@@ -178,7 +179,7 @@ def asked_through(backend: str) -> Iterator[Permission]:
         for what in sorted(one.kinds):
             ref = Ref(what, "" if what == "node" else SPACE, "x", "u")
             target = Target(select="app=x->app=y", kubernetes=KubernetesObjects())
-            for params in ({"interval_s": 1.0}, {}):
+            for params in (SAMPLE | {"interval_s": 1.0}, SAMPLE):
                 request = Request(kind, (ref,), (ref,), dict(params), target)
                 yield from preflight.permissions(request, iter(one.permissions(site, request)))
 

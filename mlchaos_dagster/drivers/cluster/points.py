@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlchaos_dagster.domain.environment import Environment, Target
 from mlchaos_dagster.drivers.cluster import preflight
@@ -15,6 +15,15 @@ from mlchaos_dagster.kube.client import Forbidden, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, part, text
 from mlchaos_dagster.kube.refs import Ref
 
+SAMPLE: dict[str, Any] = {
+    "cores": 1.0,
+    "load": 1.0,
+    "bytes": 1 << 20,
+    "latency_s": 0.1,
+    "jitter_s": 0.0,
+    "fraction": 0.5,
+}
+"""Parameters as drivers take them, of every kind: which rights a fault needs does not depend on how strong it is."""
 _VERSION = re.compile(r":v?(\d+)\.(\d+)(?:\.(\d+))?(?:$|[-+@])")
 
 
@@ -64,7 +73,7 @@ def needed(
             if object_kind in chosen.kinds:
                 space = "" if object_kind == "node" else target.kubernetes.namespace or site.options.namespace
                 refs = (Ref(object_kind, space, "x", "x"),)
-                request = Request(kind, refs, refs, {}, target)
+                request = Request(kind, refs, refs, dict(SAMPLE), target)
                 found |= preflight.permissions(request, iter(chosen.permissions(site, request)))
     return found
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Literal
 
 from mlchaos_dagster.drivers.cluster.handler import Injection
@@ -22,6 +24,7 @@ from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.lease_objects import object_name
 from mlchaos_dagster.kube.leases import ClusterLedger
+from mlchaos_dagster.kube.objects import mapping
 from mlchaos_dagster.kube.refs import Ref
 
 _MENDS = {
@@ -33,6 +36,9 @@ _MENDS = {
     "rollout": ("bad_model",),
 }
 """Kind of a marked object → faults whose handlers take such marks off, from what the object itself says."""
+_TOOLS = {"/apis/litmuschaos.io/": "litmus", "/apis/chaos-mesh.org/": "chaos_mesh"}
+_RESULTS = frozenset({"chaosresult", "chaosexperiment"})
+"""Of these tools, what is no fault."""
 _GONE_S = 5.0
 
 
@@ -144,6 +150,9 @@ class Cleaner:
             yield Row(found.shown, "would mend" if mends else "would remove")
             return
         try:
+            if said := self._through_its_tool(found):
+                yield Row(found.shown, "mended", said)
+                return
             done = self._mend(found) if mends else self._remove(found)
         except DriverError as e:
             yield Row(found.shown, "failed", str(e))
@@ -152,9 +161,21 @@ class Cleaner:
             found.shown, ("mended" if mends else "removed") if done else "failed", "" if done else "it is still there"
         )
 
+    def _through_its_tool(self, found: Leftover) -> str:
+        """What became of a fault that another tool keeps, whose lease is lost; empty: it is none, or it is gone."""
+        backend = next((name for place, name in _TOOLS.items() if found.lease and found.path.startswith(place)), "")
+        if not backend or found.kind in _RESULTS:
+            return ""
+        module = import_module(f"mlchaos_dagster.drivers.{backend}.lost")
+        lease = _lost(found.lease, found.kind, Ref("pod", found.namespace, "lost", "lost"))
+        return module.take_away(self.site, found.path, lease, no_step)
+
     def _remove(self, found: Leftover) -> bool:
+        spec = mapping(self.site.cluster.get(found.path), "spec") if found.kind == "pod" else {}
+        grace_s = float(spec.get("terminationGracePeriodSeconds") or 0)
         self.site.cluster.delete(found.path, uid=found.uid)
-        return found.kind == "namespace" or self._until(lambda: self.site.cluster.get(found.path) is None)
+        gone = partial(self.site.cluster.get, found.path)
+        return found.kind == "namespace" or self._until(lambda: gone() is None, _GONE_S + grace_s)
 
     def _mend(self, found: Leftover) -> bool:
         """From the object's own marks: its lease is lost."""
@@ -165,8 +186,8 @@ class Cleaner:
             lambda: not any(o.uid == found.uid for o in leftovers.find(self.site.cluster) if o.how == found.how)
         )
 
-    def _until(self, done: Callable[[], bool]) -> bool:
-        end = time.monotonic() + _GONE_S
+    def _until(self, done: Callable[[], bool], limit_s: float = _GONE_S) -> bool:
+        end = time.monotonic() + limit_s
         while not done():
             if time.monotonic() > end:
                 return False

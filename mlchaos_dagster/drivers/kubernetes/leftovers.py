@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mlchaos_dagster.agent.network_plan import short_name
 from mlchaos_dagster.drivers.kubernetes.faults.model_file import helper_prefix
+from mlchaos_dagster.drivers.kubernetes.faults.network_policy import LABEL as FAULT
 from mlchaos_dagster.kube.client import ApiRefused, Cluster
 from mlchaos_dagster.kube.labels import COMPONENT, LEASE, OPT_IN, OURS_SELECTOR
 from mlchaos_dagster.kube.objects import Object, items, text, words
@@ -25,6 +26,8 @@ _MARKED = ("pod", "deployment", "statefulset", "secret")
 """Namespaced kinds that a fault changes in place."""
 _EXTENSIONS = {"rollout": f"/apis/{GROUP}/v1alpha1"}
 """The same, of kinds that not every cluster knows → the API that knows them."""
+_TOOLS = ("/apis/litmuschaos.io/", "/apis/chaos-mesh.org/")
+"""Where an object that is being deleted is a fault that somebody still has to take away."""
 _SHADOWS = frozenset(
     {"events", "endpoints", "endpointslices", "replicasets", "controllerrevisions", "componentstatuses"}
 )
@@ -68,7 +71,7 @@ def find(cluster: Cluster) -> Iterator[Leftover]:
     """
     spaces = [text(n, "metadata", "name") for n in cluster.list("/api/v1/namespaces", labels=f"{OPT_IN}=true")]
     yield from sorted(_marked(cluster, spaces))
-    ours = sorted(_labelled(cluster))
+    ours = sorted([*_labelled(cluster), *_cuts(cluster)])
     yield from (o for o in ours if o.lease)
     yield from (o for o in ours if not o.lease)
 
@@ -90,7 +93,8 @@ def _labelled(cluster: Cluster) -> Iterator[Leftover]:
     for kind, path in _collections(cluster):
         for found in cluster.list(path, labels=OURS_SELECTOR):
             uid = text(found, "metadata", "uid")
-            if uid in seen or text(found, "metadata", "deletionTimestamp"):  # one object in two API groups
+            going = text(found, "metadata", "deletionTimestamp") and not path.startswith(_TOOLS)
+            if uid in seen or going:  # one object in two API groups
                 continue
             if items(found, "metadata", "ownerReferences"):  # goes with its owner
                 continue
@@ -98,12 +102,21 @@ def _labelled(cluster: Cluster) -> Iterator[Leftover]:
             yield _leftover("object", kind, found, path, text(found, "metadata", "labels", LEASE))
 
 
+def _cuts(cluster: Cluster) -> Iterator[Leftover]:
+    """NetworkPolicies that Litmus made for a lease: they carry its engine's uid, and select what only a lease marks."""
+    path = "/apis/networking.k8s.io/v1/networkpolicies"
+    for found in cluster.list(path, labels="chaosUID"):
+        lease = text(found, "spec", "podSelector", "matchLabels", FAULT)
+        if lease and text(found, "metadata", "labels", LEASE) != lease:
+            yield _leftover("object", "networkpolicy", found, path, lease)
+
+
 def _marked(cluster: Cluster, spaces: list[str]) -> Iterator[Leftover]:
     known = [*_MARKED, *(kind for kind, api in _EXTENSIONS.items() if cluster.get(api) is not None)]
     places = [(kind, collection(kind, space)) for space in spaces for kind in known] + [("node", PATHS["node"])]
     for kind, path in places:
         for found in cluster.list(path):
-            lease = text(found, "metadata", "annotations", LEASE)
+            lease = text(found, "metadata", "annotations", LEASE) or text(found, "metadata", "labels", FAULT)
             if lease and text(found, "metadata", "labels", LEASE) != lease:
                 yield _leftover("mark", kind, found, path, lease)
             for status in items(found, "status", "ephemeralContainerStatuses"):

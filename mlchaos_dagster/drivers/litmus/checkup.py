@@ -24,6 +24,7 @@ from mlchaos_dagster.drivers.cluster.points import (
 )
 from mlchaos_dagster.drivers.litmus.engine import GROUP, collection, namespace_of
 from mlchaos_dagster.drivers.litmus.faults import EXPERIMENTS, PARTITION
+from mlchaos_dagster.drivers.litmus.guards import operators
 from mlchaos_dagster.kube.client import Cluster, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, part, text, words
 
@@ -65,13 +66,9 @@ def _engine_spaces(site: Site, environment: Environment) -> list[str]:
 
 
 def _operator(site: Site, environment: Environment) -> Iterator[Point]:
-    where = site.options.litmus.operator_namespace
-    path = f"/apis/apps/v1/namespaces/{where}/deployments" if where else "/apis/apps/v1/deployments"
-    found = [d for d in site.cluster.list(path) if any("chaos-operator" in image for image in images(d))]
-    # An image may be named otherwise; the operator cannot run without this variable.
-    found = found or [d for d in site.cluster.list(path) if variable(d, "OPERATOR_NAME") == "chaos-operator"]
+    where, found = site.options.litmus.operator_namespace, operators(site)
     if not found:
-        yield Point("litmus: operator", "missing", f"no Deployment of it{f' in {where}' if where else ''}", INSTALL)
+        yield Point("litmus: operator", "missing", f"no Deployment of it in {where or 'any namespace'}", INSTALL)
         return
     one = found[0]
     yield deployment("litmus: operator", one, "no engine is started, stopped or cleaned up after")
@@ -161,12 +158,11 @@ def _resources(cluster: Cluster, group: str) -> frozenset[str]:
 
 
 def may(cluster: Cluster, space: str, account: str, permission: Permission) -> bool:
-    """Whether a ServiceAccount may do that (LocalSubjectAccessReview: needs no right beyond the permission's namespace)."""
+    """Whether a ServiceAccount may do that."""
     resource, _, subresource = permission.resource.partition("/")
     review = {
         "apiVersion": "authorization.k8s.io/v1",
-        "kind": "LocalSubjectAccessReview",
-        "metadata": {"namespace": permission.namespace},
+        "kind": "SubjectAccessReview",
         "spec": {
             "user": f"system:serviceaccount:{space}:{account}",
             "groups": ["system:serviceaccounts", f"system:serviceaccounts:{space}", "system:authenticated"],
@@ -179,7 +175,7 @@ def may(cluster: Cluster, space: str, account: str, permission: Permission) -> b
             },
         },
     }
-    path = f"/apis/authorization.k8s.io/v1/namespaces/{permission.namespace}/localsubjectaccessreviews"
+    path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
     return bool(part(cluster.create(path, review), "status", "allowed"))
 
 
