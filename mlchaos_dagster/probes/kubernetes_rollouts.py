@@ -52,10 +52,11 @@ class RolloutBook:
             available += rollouts.count(there, "availableReplicas", only=known) if known else 0
             weight = max(weight, self._weight(one, there, known))
             here = rollouts.traffic_safe(one, there, known)
-            gone = rollouts.is_aborted(one) or current == known
+            # By the Rollout itself: a template that somebody puts back (as our recovery does) is no rollback of its own.
+            by_itself = rollouts.is_aborted(one) and uid in self._shipped
             healthy = healthy and text(one, "status", "phase") == "Healthy"
             aborted = aborted or rollouts.is_aborted(one)
-            safe, back = safe and here, back and here and gone and uid in self._shipped
+            safe, back = safe and here, back and here and by_itself
         values: dict[str, float] = {
             "canary_ready": float(ready),
             "canary_weight": weight,
