@@ -38,6 +38,8 @@ CRDS = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 PLURALS = ("podchaos", "networkchaos", "stresschaos", "dnschaos", "podnetworkchaos")
 """Of neutral faults, and what Chaos Mesh itself needs for them."""
 OLDEST = (2, 6)
+BROUGHT = "chaos_mesh_resource"
+"""Asks for the rights of its own kind, which only the resource tells."""
 _WEBHOOKS = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations/chaos-mesh-validation"
 _SOON = timedelta(days=30)
 
@@ -208,7 +210,7 @@ def _certificate(site: Site, system: str) -> Iterator[Point]:
 def _ours(site: Site, environment: Environment) -> Iterator[Point]:
     from mlchaos_dagster.drivers.chaos_mesh.faults import HANDLERS
 
-    kinds = set(environment.backends.get("chaos_mesh", tuple(HANDLERS))) & HANDLERS.keys()
+    kinds = (set(environment.backends.get("chaos_mesh", tuple(HANDLERS))) & HANDLERS.keys()) - {BROUGHT}
     asked = needed(site, environment, kinds, HANDLERS.__getitem__)
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
