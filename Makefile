@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The end-to-end tests mostly wait; more workers than cores would make their probes late.
 WORKERS ?= 2
+# What fails is told briefly, and not more than one can read. A test that takes this long hangs.
+PYTEST := $(BIN)/python -m pytest -q --tb=short --maxfail 25 --durations 8 --durations-min 10
 
 .PHONY: help setup demo dev check test cluster test-cluster test-nodes teeth kills outcomes bench clean
 
@@ -47,8 +49,8 @@ check: setup
 	$(BIN)/pyright
 
 test: setup
-	$(BIN)/python -m pytest -m "not e2e and not cluster" -n $(WORKERS) tests
-	$(BIN)/python -m pytest -m e2e -n $(WORKERS) --dist loadfile tests
+	$(PYTEST) -m "not e2e and not cluster" -n $(WORKERS) --timeout 180 tests
+	$(PYTEST) -m e2e -n $(WORKERS) --dist loadfile --timeout 240 tests
 
 # Our image, the sweeper and the platform on the cluster of KUBECONFIG. The image gets there by the local cluster's own tool; on
 # any other, build it from the Dockerfile, push it where that cluster finds it, and set it in the manifests.
@@ -66,12 +68,12 @@ cluster: setup
 # the shipped rights there, and no others (RIGHTS=admin: those of the kubeconfig).
 test-cluster: setup
 	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make test-cluster'; exit 2; }
-	$(BIN)/python -m pytest -m "cluster and not nodes" -n $(WORKERS) --dist loadfile --timeout 300 tests/cluster
+	$(PYTEST) -m "cluster and not nodes" -n $(WORKERS) --dist loadfile --timeout 300 tests/cluster
 
 # Adds, kills, cuts off and revives nodes: only where MLCHAOS_CLUSTER has a `node` command, and one at a time.
 test-nodes: setup
 	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make test-nodes'; exit 2; }
-	MLCHAOS_CLUSTER=$(MLCHAOS_CLUSTER) $(BIN)/python -m pytest -m "cluster and nodes" --timeout 300 tests/cluster
+	MLCHAOS_CLUSTER=$(MLCHAOS_CLUSTER) $(PYTEST) -m "cluster and nodes" --timeout 300 tests/cluster
 
 teeth: setup
 	$(BIN)/python -m benchmarks.teeth
