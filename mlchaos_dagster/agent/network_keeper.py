@@ -47,7 +47,9 @@ class Holder:
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
-            ours.close()
+            # Only its control socket: who asked the agent to prepare waits for the end of the answer on another one.
+            os.closerange(3, theirs.fileno())
+            os.closerange(theirs.fileno() + 1, 1024)
             os._exit(_hold(plan, theirs))
         theirs.close()
         self.control = ours
