@@ -15,7 +15,7 @@ from mlchaos_dagster.domain.record import Evidence
 
 from .conftest import Cli
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 RUN = "0f8fad5b-d9cb-469f-a165-70867728950e"
 NAME = "serving-pod-failure"
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -25,7 +25,7 @@ from mlchaos_dagster.drivers.database import DatabaseDriver
 from mlchaos_dagster.engine.ports import Lease, Owner
 from mlchaos_dagster.errors import DriverError, DriverUnavailable, Halted, InjectFailed, RecoverFailed
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.req("R4-11")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.req("R4-11")]
 
 KIND = "database_corruption"
 

@@ -23,7 +23,7 @@ from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed,
 from mlchaos_dagster.sandbox import api
 from tests.sandbox.conftest import eventually, shared_sandbox
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 STORE = "gateway->feature-store"
 FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def driver(home: Path) -> SandboxDriver:
-    eventually(lambda: (api.status(home) or {}).get("ready"), 20, every_s=0.1)
+    eventually(lambda: (api.status(home) or {}).get("ready"), every_s=0.1)
     return SandboxDriver(home)
 
 
@@ -61,9 +61,9 @@ def _lease(driver: SandboxDriver, kind: str) -> Lease:
         targets=(target,),
         params=params,
         undo=driver.undo(kind, (target,), params),
-        duration_s=30,
+        duration_s=180,
         opened_wall=now,
-        deadline_wall=now + 30,
+        deadline_wall=now + 180,
         owner=Owner(os.getpid(), 0.0, "", ""),
         token=time.monotonic_ns(),  # tokens only ever grow: the sandbox is shared
     )

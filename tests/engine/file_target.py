@@ -102,7 +102,7 @@ def make_lease(lease_id="a", targets=("t1",), *, run_id="run-1", owner=None, dur
     )
 
 
-def until(condition, seconds=15.0, what=""):
+def until(condition, seconds=30.0, what=""):
     """Poll; the value once true. Fails after `seconds`."""
     end = time.monotonic() + seconds
     while not (value := condition()):

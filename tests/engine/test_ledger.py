@@ -23,7 +23,7 @@ from mlchaos_dagster.engine.ports import Owner, SystemClock
 from mlchaos_dagster.engine.processes import boot_id, current_owner, host, is_running, kill
 from mlchaos_dagster.errors import InternalError, LeaseRefused, StoreError
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(180)
 HERE = Path(__file__).parent
 
 
@@ -206,6 +206,22 @@ def test_only_one_sweeper_at_a_time(ledger):
         assert mine
     with ledger.recovering("b", 0.0) as nothing:
         assert not nothing
+
+
+def test_a_lease_that_is_fenced_while_it_is_looked_for_is_locked_all_the_same(ledger, monkeypatch):
+    ledger.open(make_lease())
+    find, looks = ledger._files.find, []
+
+    def stale(lease_id):
+        entry = find(lease_id)
+        looks.append(entry)
+        if len(looks) == 1:
+            FileLedger(ledger.directory, SystemClock()).fence("a", "another sweeper")  # renames the file
+        return entry
+
+    monkeypatch.setattr(ledger._files, "find", stale)
+    with ledger.recovering("a", 0.0) as mine:
+        assert mine and len(looks) == 2
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

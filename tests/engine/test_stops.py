@@ -20,7 +20,7 @@ from mlchaos_dagster.engine.stops import FileStop, LeaseStop, SignalStop, StopFi
 from mlchaos_dagster.errors import LeaseRefused, SpecError, StoreError
 from mlchaos_dagster.settings import Home, Settings
 
-pytestmark = pytest.mark.timeout(10)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from mlchaos_dagster.engine.sweep import RenewalObserver, SweepResult, sweep
 from mlchaos_dagster.errors import ConfigError, DriverUnavailable, LeaseRefused, RecoverFailed, StoreError
 from mlchaos_dagster.settings import Home
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(180)
 HERE = Path(__file__).parent
 ALIVE, DEAD = Owner(1, 1.0, "boot", "host"), Owner(2, 1.0, "boot", "host")
 

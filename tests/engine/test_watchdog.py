@@ -26,7 +26,7 @@ from mlchaos_dagster.engine.watchdog import GIVE_UP_S, Watchdog, start_watchdog
 from mlchaos_dagster.errors import DriverUnavailable, StoreError
 from mlchaos_dagster.settings import Home
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(180)
 HERE = Path(__file__).parent
 
 
@@ -106,10 +106,10 @@ def test_owner_killed_the_fault_is_gone_and_the_lease_closed(own, home, record_p
     owner.says("injected")
     assert faults(home) == ["t1.fault", "t2.fault"]
     killed = owner.signal(signal.SIGKILL)
-    until(lambda: not faults(home), 5)
+    until(lambda: not faults(home))
     record_property("sigkill_to_clean_s", time.monotonic() - killed)
-    until(lambda: not ledger_of(home).leases(), 5)
-    until(lambda: gone(owner.watchdog), 5)
+    until(lambda: not ledger_of(home).leases())
+    until(lambda: gone(owner.watchdog))
     assert incidents(home) == ["fenced", "recovered"]
     assert "died" in IncidentLog(home.incidents, SystemClock()).read()[0]["what"] or owner.popen.poll() is not None
 
@@ -118,34 +118,34 @@ def test_a_zombie_owner_counts_as_dead(own, home):
     owner = own()
     owner.says("injected")
     owner.signal(signal.SIGKILL)  # this process is its parent and does not reap it yet
-    until(lambda: not faults(home) and not ledger_of(home).leases(), 5)
+    until(lambda: not faults(home) and not ledger_of(home).leases())
     assert psutil.Process(owner.popen.pid).status() == psutil.STATUS_ZOMBIE
-    until(lambda: gone(owner.watchdog), 5)
+    until(lambda: gone(owner.watchdog))
 
 
 def test_owner_stopped_past_its_time_is_fenced_killed_and_cleaned_up_after(own, home, record_property):
     owner = own("ttl=1")
     owner.says("injected")
     stopped = owner.signal(signal.SIGSTOP)
-    until(lambda: not faults(home), 8)
+    until(lambda: not faults(home))
     record_property("sigstop_to_clean_s", time.monotonic() - stopped)
     assert time.monotonic() - stopped >= 1 - 0.3, "taken over before its time to live was over"
     assert owner.popen.wait(5) == -signal.SIGKILL
-    until(lambda: not ledger_of(home).leases(), 5)
+    until(lambda: not ledger_of(home).leases())
 
 
 def test_owner_that_runs_but_does_not_renew_is_hung(own, home):
     owner = own("ttl=1", "mute")
     owner.says("injected")
     assert owner.popen.wait(8) == -signal.SIGKILL
-    until(lambda: not faults(home) and not ledger_of(home).leases(), 5)
+    until(lambda: not faults(home) and not ledger_of(home).leases())
 
 
 def test_owner_that_renews_is_left_alone(own, home):
     owner = own("ttl=0.6")
     owner.says("injected")
     beats = ledger_of(home).beat("a")
-    until(lambda: ledger_of(home).beat("a") > beats + 25, 10)  # more than twice its time to live
+    until(lambda: ledger_of(home).beat("a") > beats + 25)  # more than twice its time to live
     assert owner.popen.poll() is None and len(faults(home)) == 2 and not incidents(home)
 
 
@@ -167,7 +167,7 @@ def test_owner_stopped_in_the_middle_of_inject_is_killed_by_its_watchdog(own, ho
     owner = own("between", "ttl=1")
     owner.says("open")
     until(lambda: len(injections(home)) == 1)
-    until(lambda: not faults(home) and not ledger_of(home).leases(), 8)
+    until(lambda: not faults(home) and not ledger_of(home).leases())
     assert owner.popen.wait(5) == -signal.SIGKILL
     assert len(injections(home)) == 1
 
@@ -197,7 +197,7 @@ def test_owner_and_watchdog_killed_the_next_sweep_clears_it(own, home):
     owner.watchdog.kill()
     owner.signal(signal.SIGKILL)
     owner.popen.wait(5)
-    until(lambda: gone(owner.watchdog), 5)
+    until(lambda: gone(owner.watchdog))
     assert len(faults(home)) == 2
     assert [x.action for x in sweep_now(home, dry_run=True)] == ["would recover"] and len(faults(home)) == 2
     [result] = sweep_now(home)
@@ -209,15 +209,15 @@ def test_watchdog_leaves_with_an_owner_that_cleaned_up(own, home):
     owner = own("end")
     owner.says("left")
     assert owner.popen.wait(5) == 0
-    until(lambda: gone(owner.watchdog), 5)
+    until(lambda: gone(owner.watchdog))
     assert not incidents(home) and not list((home.ledger / "watchers").iterdir())
 
 
 def test_watchdog_recovers_what_an_owner_left_open(own, home):
     owner = own("leave")
     owner.says("left")
-    until(lambda: not faults(home) and not ledger_of(home).leases(), 5)
-    until(lambda: gone(owner.watchdog), 5)
+    until(lambda: not faults(home) and not ledger_of(home).leases())
+    until(lambda: gone(owner.watchdog))
     assert incidents(home) == ["fenced", "recovered"]
     assert owner.popen.wait(5) == 0, "an owner that said good-bye has a record to write"
 
@@ -228,8 +228,8 @@ def test_watchdog_ignores_signals_while_a_lease_is_open(own, home):
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         owner.watchdog.send_signal(getattr(signal, name))
     owner.signal(signal.SIGKILL)
-    until(lambda: not faults(home) and not ledger_of(home).leases(), 5)
-    until(lambda: gone(owner.watchdog), 5)
+    until(lambda: not faults(home) and not ledger_of(home).leases())
+    until(lambda: gone(owner.watchdog))
 
 
 def test_watchdog_keeps_trying_until_the_target_answers(own, home):
@@ -237,10 +237,10 @@ def test_watchdog_keeps_trying_until_the_target_answers(own, home):
     owner.says("injected")
     (home.root / "target" / "stuck").touch()
     owner.signal(signal.SIGKILL)
-    until(lambda: "fenced" in incidents(home), 5)
+    until(lambda: "fenced" in incidents(home))
     assert len(faults(home)) == 2
     (home.root / "target" / "stuck").unlink()
-    until(lambda: not faults(home) and not ledger_of(home).leases(), 10)
+    until(lambda: not faults(home) and not ledger_of(home).leases())
 
 
 def test_watchdog_recovers_an_unreadable_lease(own, home):
@@ -248,7 +248,7 @@ def test_watchdog_recovers_an_unreadable_lease(own, home):
     owner.says("injected")
     (home.ledger / "open" / "a.files.json").write_text("{")  # often before the watchdog's first look at it
     owner.says("LeaseRefused")  # at its own next renewal; it dies of it
-    until(lambda: not faults(home) and not list((home.ledger / "open").iterdir()), 5)
+    until(lambda: not faults(home) and not list((home.ledger / "open").iterdir()))
 
 
 def test_watchdog_starts_lean(home):

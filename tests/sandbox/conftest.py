@@ -56,7 +56,7 @@ class Platform:
         """One process's entry in the live status."""
         return next(entry for entry in self.client.status()["processes"] if entry["name"] == name)
 
-    def inject(self, kind: str, target: str, deadline_s: float = 30.0, **params: Any) -> str:
+    def inject(self, kind: str, target: str, deadline_s: float = 120.0, **params: Any) -> str:
         """Inject under a fresh lease; return the lease id."""
         lease = next(leases)
         # Tokens only ever grow, as the ledger's do: a target refuses an older one, whichever test comes first.
@@ -66,7 +66,7 @@ class Platform:
         )
         return lease
 
-    def wait_ready(self, bound_s: float = 20.0) -> None:
+    def wait_ready(self, bound_s: float = 60.0) -> None:
         """Wait until every process is ready."""
         # Each look asks every process: more often, and it is us that they wait for.
         eventually(lambda: self.client.status()["ready"], bound_s, every_s=0.1)
@@ -76,8 +76,8 @@ class Platform:
         return [json.loads(line) for line in (self.directory / "truth.jsonl").read_text().splitlines()]
 
 
-def eventually(condition: Callable[[], Any], bound_s: float = 5.0, every_s: float = 0.02) -> Any:
-    """Poll until the condition holds; return its value, fail after ``bound_s`` seconds."""
+def eventually(condition: Callable[[], Any], bound_s: float = 30.0, every_s: float = 0.02) -> Any:
+    """Poll until the condition holds; return its value, fail after ``bound_s`` seconds: far more than it takes anywhere."""
     end = time.monotonic() + bound_s
     while True:
         if value := condition():

@@ -27,7 +27,7 @@ from mlchaos_dagster.sandbox.edge import Edge
 
 from .conftest import Platform, eventually
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.req("R3-06", "R4-11")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.req("R3-06", "R4-11")]
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------

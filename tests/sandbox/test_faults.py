@@ -16,7 +16,7 @@ from mlchaos_dagster.sandbox.api import SandboxRefused
 
 from .conftest import Platform, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 STORE = "gateway->feature-store"
 
@@ -25,29 +25,32 @@ def _round_trip(platform: Platform, link: str = STORE) -> float | None:
     return platform.client.link_round_trip(link, timeout_s=0.5)
 
 
+def _soon_below(platform: Platform, seconds: float) -> float:
+    """A round trip below that. A busy machine makes some slow; a delay makes all of them slow."""
+    return eventually(lambda: took if (took := _round_trip(platform)) is not None and took < seconds else None)
+
+
 # -- network ----------------------------------------------------------------------------------------------------------
 
 
 def test_latency_adds_to_the_round_trip_and_goes(platform: Platform) -> None:
     lease = platform.inject("network_latency", STORE, latency_ms=250, jitter_ms=20)
-    seconds = _round_trip(platform)
-    assert seconds is not None and 0.22 < seconds < 0.45
+    assert _soon_below(platform, 0.45) > 0.22
     (fault,) = platform.client.faults()
     assert fault["effective"] and fault["counters"]["delayed"] >= 2
     assert platform.client.remove_fault(lease)["removed"][0]["kind"] == "network_latency"
-    seconds = _round_trip(platform)
-    assert seconds is not None and seconds < 0.1
+    assert _soon_below(platform, 0.1)
     assert platform.client.faults() == []
 
 
 def test_latency_hits_connections_that_were_open_before(platform: Platform) -> None:
     port = platform.client.status()["links"][STORE]["port"]
     with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
-        assert _keep_alive(connection) < 0.1
+        eventually(lambda: _keep_alive(connection) < 0.1)
         lease = platform.inject("network_latency", STORE, latency_ms=200)
         assert _keep_alive(connection) > 0.19
         platform.client.remove_fault(lease)
-        assert _keep_alive(connection) < 0.1
+        eventually(lambda: _keep_alive(connection) < 0.1)
 
 
 def test_removal_releases_bytes_that_are_still_waiting(platform: Platform) -> None:
@@ -65,8 +68,7 @@ def test_loss_shows_as_retransmission_delays(platform: Platform) -> None:
     assert _round_trip(platform) is None
     assert platform.client.faults()[0]["counters"]["lost"] >= 4
     platform.client.remove_fault(lease)
-    seconds = _round_trip(platform)
-    assert seconds is not None and seconds < 0.1
+    assert _soon_below(platform, 0.1)
 
 
 def test_partition_passes_no_bytes_and_resets_what_it_swallowed(platform: Platform) -> None:
@@ -85,7 +87,7 @@ def test_partition_passes_no_bytes_and_resets_what_it_swallowed(platform: Platfo
         old.settimeout(2)
         with pytest.raises(ConnectionResetError):
             old.recv(1)
-    assert (_round_trip(platform) or 9) < 0.1
+    assert _soon_below(platform, 0.1)
 
 
 def test_gateway_answers_from_cache_behind_an_open_breaker(platform: Platform) -> None:
@@ -106,22 +108,22 @@ def test_gateway_answers_from_cache_behind_an_open_breaker(platform: Platform) -
 )
 def test_network_faults_expire_by_themselves(platform: Platform, kind: str, params: dict[str, Any]) -> None:
     lease = platform.inject(kind, STORE, deadline_s=0.5, **params)
-    eventually(lambda: platform.client.faults() == [], 2)
-    assert (_round_trip(platform) or 9) < 0.1
+    eventually(lambda: platform.client.faults() == [])
+    assert _soon_below(platform, 0.1)
     added, expired = (
         next(line for line in reversed(platform.truth()) if line["lease"] == lease and line["what"] == what)
         for what in ("fault_added", "fault_expired")
     )
-    assert 0.4 < expired["mono"] - added["mono"] < 1.0
+    assert 0.4 < expired["mono"] - added["mono"] < 5.0
 
 
 def test_proxy_keeps_its_deadline_while_the_supervisor_hangs(platform: Platform) -> None:
     supervisor = platform.client.status()["supervisor"]["pid"]
-    platform.inject("network_partition", STORE, deadline_s=1.0)
+    platform.inject("network_partition", STORE, deadline_s=3.0)
     assert _round_trip(platform) is None
     os.kill(supervisor, signal.SIGSTOP)
     try:
-        eventually(lambda: _round_trip(platform) is not None, 3)
+        eventually(lambda: _round_trip(platform) is not None)
     finally:
         os.kill(supervisor, signal.SIGCONT)
     eventually(lambda: platform.client.faults() == [])
@@ -130,9 +132,9 @@ def test_proxy_keeps_its_deadline_while_the_supervisor_hangs(platform: Platform)
 def test_a_restarted_proxy_gets_valid_rules_back(platform: Platform) -> None:
     lease = platform.inject("network_latency", STORE, latency_ms=200)
     os.kill(platform.process("proxy-feature-store")["pid"], signal.SIGKILL)
-    eventually(lambda: (_round_trip(platform) or 0) > 0.19, 10)
+    eventually(lambda: (_round_trip(platform) or 0) > 0.19)
     platform.client.remove_fault(lease)
-    assert (_round_trip(platform) or 9) < 0.1
+    assert _soon_below(platform, 0.1)
 
 
 def test_a_hung_proxy_is_killed_rather_than_left_with_a_rule(platform: Platform) -> None:
@@ -142,7 +144,7 @@ def test_a_hung_proxy_is_killed_rather_than_left_with_a_rule(platform: Platform)
     platform.client.remove_fault(lease)
     assert not psutil.pid_exists(pid)
     platform.wait_ready()
-    assert (_round_trip(platform) or 9) < 0.1
+    assert _soon_below(platform, 0.1)
     assert platform.client.faults() == []
 
 
@@ -169,7 +171,7 @@ def test_pod_delete_kills_once_and_the_supervisor_restarts(platform: Platform) -
 
 def test_pod_delete_repeats_until_removed(platform: Platform) -> None:
     lease = platform.inject("pod_delete", "feature-store", interval_s=0.1)
-    eventually(lambda: len(platform.client.faults()[0]["killed_pids"]) >= 2, 10)
+    eventually(lambda: len(platform.client.faults()[0]["killed_pids"]) >= 2)
     platform.client.remove_fault(lease)
     killed = platform.truth()
     platform.wait_ready()
@@ -190,15 +192,19 @@ def test_pod_failure_holds_the_slot_down_until_removed(platform: Platform) -> No
     assert platform.process("inference-2")["pid"] is None
     assert platform.client.faults()[0]["effective"]
     platform.client.remove_fault(lease)
-    eventually(lambda: platform.process("inference-2")["pid"], 2)
+    eventually(lambda: platform.process("inference-2")["pid"])
     platform.wait_ready()
 
 
 def test_pod_failure_expires_by_itself(platform: Platform) -> None:
-    platform.inject("pod_failure", "inference-2", deadline_s=0.4)
-    assert platform.process("inference-2")["pid"] is None
-    eventually(lambda: platform.client.faults() == [], 2)
-    eventually(lambda: platform.process("inference-2")["pid"], 2)
+    lease = platform.inject("pod_failure", "inference-2", deadline_s=0.4)
+    eventually(lambda: platform.client.faults() == [])
+    eventually(lambda: platform.process("inference-2")["pid"])
+    mine = [line for line in platform.truth() if line["who"] == "inference-2" and line["lease"] == lease]
+    assert "killed" in [line["what"] for line in mine]
+    killed = next(line["mono"] for line in mine if line["what"] == "killed")
+    back = [line for line in platform.truth() if line["who"] == "inference-2" and line["what"] == "started"]
+    assert back[-1]["mono"] - killed > 0.35, "it came back, and not before its deadline"
 
 
 # -- leases -----------------------------------------------------------------------------------------------------------

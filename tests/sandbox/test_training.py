@@ -26,7 +26,7 @@ from mlchaos_dagster.sandbox.training_data import BadShard
 from .conftest import Platform, eventually
 from .test_storage import client
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 LINK = "trainer->object-store"
 
@@ -35,7 +35,7 @@ LINK = "trainer->object-store"
 def trainers(training: Platform) -> Platform:
     up(training.directory, parts=["training"])
     training.wait_ready()
-    eventually(lambda: training.client.signals().get("training_step_rate", 0) > 30, 10)
+    eventually(lambda: training.client.signals().get("training_step_rate", 0) > 30)
     return training
 
 
@@ -62,7 +62,7 @@ def test_a_killed_worker_resumes_from_its_last_valid_checkpoint_and_catches_up(t
         return json.loads(s3.get_object(Bucket="checkpoints", Key="trainer-1/latest.json")["Body"].read())
 
     pid = trainers.process("trainer-1")["pid"]
-    eventually(lambda: state(trainers, "trainer-1")["checkpoints"] >= 2, 8)
+    eventually(lambda: state(trainers, "trainer-1")["checkpoints"] >= 2)
     os.kill(pid, signal.SIGSTOP)  # so that no newer checkpoint comes while we damage this one
     try:
         latest = pointed()
@@ -72,15 +72,15 @@ def test_a_killed_worker_resumes_from_its_last_valid_checkpoint_and_catches_up(t
         before = trainers.client.signals()
     finally:
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: trainers.process("trainer-1")["pid"] not in (None, pid), 5)
-    eventually(lambda: trainers.process("trainer-1")["ready"], 5)
+    eventually(lambda: trainers.process("trainer-1")["pid"] not in (None, pid))
+    eventually(lambda: trainers.process("trainer-1")["ready"])
     seen = state(trainers, "trainer-1")
     previous = keys[keys.index(latest["key"]) - 1]
     assert f"trainer-1/step-{seen['resumed_from_step']:08d}.npz" == previous
     assert seen["checkpoints_skipped"] == 1
     assert seen["lost_steps"] >= latest["step"] - seen["resumed_from_step"] > 0
     assert trainers.client.signals()["lost_steps"] == seen["lost_steps"]
-    eventually(lambda: trainers.client.signals()["steps_behind"] == 0, 10)
+    eventually(lambda: trainers.client.signals()["steps_behind"] == 0)
     assert trainers.client.signals()["training_step"] > before["training_step"]
 
 
@@ -90,24 +90,24 @@ def test_a_corrupted_shard_is_set_aside_until_it_is_good_again(trainers: Platfor
     key = "shards/part-004.npz"
     bad = s3.put_object(Bucket="training-data", Key=key, Body=os.urandom(4714))["VersionId"]
     try:
-        eventually(lambda: trainers.client.signals()["bad_shards"] == 1, 6)
+        eventually(lambda: trainers.client.signals()["bad_shards"] == 1)
         assert trainers.client.signals()["training_step_rate"] > 25
         assert trainers.client.signals()["training_loss"] < 0.6
     finally:
         s3.delete_object(Bucket="training-data", Key=key, VersionId=bad)
-    eventually(lambda: trainers.client.signals()["bad_shards"] == 0, 6)
+    eventually(lambda: trainers.client.signals()["bad_shards"] == 0)
 
 
 @pytest.mark.e2e
 def test_training_goes_on_while_its_store_is_away_and_the_age_of_checkpoints_tells(trainers: Platform) -> None:
-    eventually(lambda: trainers.client.signals()["checkpoint_age"] < 2.5, 10)
+    eventually(lambda: trainers.client.signals()["checkpoint_age"] < 2.5)
     pids = {name: trainers.process(name)["pid"] for name in ("trainer-1", "trainer-2")}
     lease = trainers.inject("s3_unavailable", LINK)
-    eventually(lambda: trainers.client.signals()["checkpoint_age"] > 4, 8)
+    eventually(lambda: trainers.client.signals()["checkpoint_age"] > 4)
     seen = trainers.client.signals()
     assert seen["training_step_rate"] > 25 and seen["training_workers_ready"] == 2
     trainers.client.remove_fault(lease)
-    eventually(lambda: trainers.client.signals()["checkpoint_age"] < 2.5, 10)
+    eventually(lambda: trainers.client.signals()["checkpoint_age"] < 2.5)
     assert pids == {name: trainers.process(name)["pid"] for name in pids}
 
 
