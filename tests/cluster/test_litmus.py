@@ -129,3 +129,142 @@ def test_pod_delete_takes_the_frozen_pods_and_leaves_nothing(
     assert nothing_left(namespace) and took < 15, took
     assert len(before & names(namespace, select)) == 2  # no second round
     eventually(lambda: all(map(ready, pods(namespace, select))) and len(pods(namespace, select)) == 3)
+
+
+@pytest.mark.req("R1-02", "R1-05", "R1-06")
+@pytest.mark.parametrize(
+    "kind,params,count",
+    [
+        ("container_kill", {}, 1),
+        ("network_isolation", {}, 1),
+        ("cpu_stress", {"cores": 1.0, "load": 1.0}, 1),
+        ("memory_stress", {"bytes": 48 << 20}, 1),
+    ],
+)
+def test_neutral_faults_are_seen_and_gone(
+    litmus: litmus_operator.Litmus,
+    namespace: str,
+    driver: LitmusDriver,
+    faulting: Leasing,
+    kind: str,
+    params: dict[str, Any],
+    count: int,
+) -> None:
+    select = deploy(namespace, replicas=2)
+    lease = faulting.lease(kind, select, count=count, duration_s=60, **params)
+    driver.inject(lease)
+    evidence = driver.active(lease)
+    assert evidence.present and evidence.effective, evidence.lines
+    started = time.monotonic()
+    driver.recover(lease)
+    took = time.monotonic() - started
+    evidence = driver.active(lease)
+    assert not evidence.present and took < 20, (took, evidence.lines)
+    if kind != "container_kill":
+        assert not evidence.effective, evidence.lines
+    assert nothing_left(namespace)
+    labels = [p["metadata"]["labels"] for p in pods(namespace, select)]
+    assert not any(key.startswith("mlchaos.dev") for found in labels for key in found)
+
+
+@pytest.mark.req("R1-03")
+def test_a_partition_cuts_one_link_and_no_other(
+    litmus: litmus_operator.Litmus, namespace: str, driver: LitmusDriver, faulting: Leasing
+) -> None:
+    near, far = deploy(namespace, "near", replicas=1), deploy(namespace, "far", replicas=1)
+    lease = faulting.lease("network_partition", f"{near}->{far}", duration_s=60)
+    driver.inject(lease)
+    evidence = driver.active(lease)
+    assert evidence.effective, evidence.lines
+    policy = objects("networkpolicies", namespace)[0]["spec"]
+    there = pods(namespace, far)[0]["status"]["podIP"]
+    assert f"{there}/32" in policy["egress"][0]["to"][0]["ipBlock"]["except"]
+    driver.recover(lease)
+    assert not driver.active(lease).present and nothing_left(namespace)
+
+
+def test_what_litmus_cannot_make_fails_in_its_own_words(
+    litmus: litmus_operator.Litmus, namespace: str, driver: LitmusDriver, faulting: Leasing
+) -> None:
+    """No netem in this kernel: the experiment says so, and its engine completes."""
+    near, far = deploy(namespace, "near", replicas=1), deploy(namespace, "far", replicas=1)
+    lease = faulting.lease("network_latency", f"{near}->{far}", duration_s=30, latency_s=0.2, jitter_s=0.0)
+    with pytest.raises(InjectFailed, match="CHAOS_INJECT_ERROR.*Specified qdisc kind is unknown"):
+        driver.inject(lease)
+    driver.recover(lease)
+    assert not driver.active(lease).present and nothing_left(namespace)
+
+
+@pytest.mark.parametrize(
+    "script,said",
+    [
+        (Script(stuck=True), "no effect within 4 s: engineStatus is initialized"),
+        (Script(deaf=True), "the chaos operator has not seen the ChaosEngine"),
+        (Script(skipped=True), "experiment pod-delete: Skipped"),
+        (Script(error=("TARGET_SELECTION_ERROR", "no pods found")), "TARGET_SELECTION_ERROR: no pods found"),
+        (Script(slow_s=30), "no effect within 4 s"),
+    ],
+    ids=["stuck", "down", "skipped", "error", "slow"],
+)
+def test_an_engine_that_does_not_come_to_its_fault(
+    litmus: litmus_operator.Litmus,
+    namespace: str,
+    cluster: Cluster,
+    options: Kubernetes,
+    tmp_path: Path,
+    script: Script,
+    said: str,
+) -> None:
+    brief = options.model_copy(update={"litmus": options.litmus.model_copy(update={"inject_within": 4.0})})
+    if script.error or script.skipped:
+        brief = options
+    driver = LitmusDriver.at(cluster, brief)
+    select = deploy(namespace, replicas=2)
+    before = names(namespace, select)
+    lease = Leasing(driver, tmp_path).lease("pod_delete", select, count=1, duration_s=20)  # type: ignore[arg-type]
+    litmus.script = script
+    with pytest.raises(InjectFailed, match=said):
+        driver.inject(lease)
+    driver.recover(lease)
+    assert not driver.active(lease).present and nothing_left(namespace)
+    assert names(namespace, select) == before
+
+
+def test_the_event_of_a_missing_experiment_is_told(
+    litmus: litmus_operator.Litmus, namespace: str, cluster: Cluster, options: Kubernetes, tmp_path: Path
+) -> None:
+    brief = options.model_copy(update={"litmus": options.litmus.model_copy(update={"inject_within": 4.0})})
+    driver = LitmusDriver.at(cluster, brief)
+    lease = Leasing(driver, tmp_path).lease("pod_delete", deploy(namespace), count=1)  # type: ignore[arg-type]
+    kubectl("delete", "chaosexperiment", "pod-delete", "-n", namespace)
+    with pytest.raises(InjectFailed, match="ChaosResourcesOperationFailed: .chaos start. Unable to get chaos resources"):
+        driver.inject(lease)
+    driver.recover(lease)
+    assert nothing_left(namespace)
+
+
+@pytest.mark.req("R2-03")
+def test_an_operator_that_is_down_does_not_keep_a_fault_alive(
+    litmus: litmus_operator.Litmus, namespace: str, driver: LitmusDriver, faulting: Leasing
+) -> None:
+    """Its finalizer would hold the engine for ever: the experiment is ended first, the finalizer goes last."""
+    select = deploy(namespace, replicas=2)
+    lease = faulting.lease("network_isolation", select, count=1, duration_s=120)
+    driver.inject(lease)
+    litmus.script = Script(deaf=True)
+    started = time.monotonic()
+    driver.recover(lease)
+    took = time.monotonic() - started
+    assert not driver.active(lease).present and nothing_left(namespace) and took < 25, took
+    assert not [line for line in litmus.seen if line.startswith("stopped")]
+
+
+def test_a_policy_that_a_killed_experiment_left_is_removed(
+    litmus: litmus_operator.Litmus, namespace: str, driver: LitmusDriver, faulting: Leasing
+) -> None:
+    lease = faulting.lease("network_isolation", deploy(namespace), count=1, duration_s=120)
+    driver.inject(lease)
+    litmus.script = Script(keeps=True)
+    assert objects("networkpolicies", namespace)
+    driver.recover(lease)
+    assert not driver.active(lease).present and nothing_left(namespace)
