@@ -60,7 +60,7 @@ ARGUMENTS: list[tuple[list[str], list[str]]] = [
     (["run", "serving-pod-failur"], ['no experiment "serving-pod-failur". Did you mean "serving-pod-failure"? Allowed: ']),
     (["run", "a", "b"], ['no experiment "a".', 'no experiment "b".']),
     (["run", "--suite", "nightli"], ['no suite "nightli". Did you mean "nightly"?']),
-    (["run", "serving-pod-failure", "-e", "prod"], ['no environment "prod". Allowed: cluster, sandbox, sandbox-10, staging.']),
+    (["run", "serving-pod-failure", "-e", "prod"], ['no environment "prod". Allowed: cluster, rollouts, sandbox, sandbox-10, staging.']),
     (["run"], ["run: nothing to run. Allowed: NAME…, --suite S,"]),
     (["run", "x", "--suite", "smoke"], ["run: NAME and --suite at the same time."]),
     (["run", "x", "--param", "a=1"], ["--param: goes with --type only."]),
@@ -126,7 +126,7 @@ def test_a_wrong_argument(words: list[str], beginnings: list[str], cli: Cli, hom
 def test_a_missing_environment_by_variable(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLCHAOS_ENVIRONMENT", "moon")
     answer = cli("run", "serving-pod-failure")
-    assert (answer.code, answer.err) == (2, 'no environment "moon". Allowed: cluster, sandbox, sandbox-10, staging.\n')
+    assert (answer.code, answer.err) == (2, 'no environment "moon". Allowed: cluster, rollouts, sandbox, sandbox-10, staging.\n')
 
 
 def test_an_experiment_that_the_environment_has_no_backend_for(cli: Cli, tmp_path: Path, home: Path) -> None:

@@ -157,7 +157,7 @@ class BadModel:
             said = "shipped by us" if shipped else "as before" if now == known.get("before") else "set by others since"
             lines.append(
                 f"{ref.shown}: {known.get('variable')} is {now} ({said}), {ready} ready pods of {known.get('bad')}, "
-                f"{rollouts.shown_phase(found)}, stable {text(found, 'status', 'stableRS')}"
+                f"{rollouts.shown_phase(found)}, stable {text(found, 'status', 'stableRS')} (before: {known.get('stable', '')})"
                 + (", marks on its ReplicaSets" if copied and not ours else "")
             )
         return Evidence(present=present, effective=bool(effective) and all(effective), lines=tuple(lines))
