@@ -70,7 +70,7 @@ def _operator(site: Site, environment: Environment) -> Iterator[Point]:
     if not found:
         yield Point("litmus: operator", "missing", f"no Deployment of it in {where or 'any namespace'}", INSTALL)
         return
-    one = found[0]
+    one = max(found, key=lambda d: int(part(d, "status", "availableReplicas") or 0))
     yield deployment("litmus: operator", one, "no engine is started, stopped or cleaned up after")
     watched = variable(one, "WATCH_NAMESPACE")
     missed = [s for s in _engine_spaces(site, environment) if watched and s not in watched.split(",")]
