@@ -168,12 +168,12 @@ class PrometheusProbe:
         from http.client import HTTPException
 
         from prometheus_api_client.exceptions import PrometheusApiClientException
-        from requests.exceptions import RequestException, Timeout
+        from requests.exceptions import RequestException
         from urllib3.exceptions import HTTPError
 
         if isinstance(error, PrometheusApiClientException):
             raise ProbeError(f"Prometheus: {query}: {_refusal(str(error))}") from error
-        if isinstance(error, Timeout):
+        if _timed_out(error):
             wait = f"{self.config.timeout_s:g} s"
             raise ProbeError(f"Prometheus: {query}: no answer within {wait} from {self.config.url}") from error
         if isinstance(error, (KeyError, TypeError, ValueError)) and not isinstance(error, OSError):
@@ -244,3 +244,15 @@ def _reading(query: str, pair: Any) -> Reading | None:
     except (TypeError, ValueError) as error:
         raise ProbeError(f"Prometheus: {query}: the answer holds no number") from error
     return None if math.isnan(reading.value) else reading
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    """Also where the client wraps it: a read that ends late in the body comes as a lost connection."""
+    from requests.exceptions import Timeout
+    from urllib3.exceptions import ReadTimeoutError
+
+    while error is not None:
+        if isinstance(error, (Timeout, ReadTimeoutError, TimeoutError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -178,7 +178,7 @@ def test_watchdog_killed_the_owner_knows_soon(own, home):
     killed = time.monotonic()
     owner.watchdog.kill()
     owner.says("watchdog lost")
-    assert time.monotonic() - killed < 2.5
+    assert time.monotonic() - killed < 10
 
 
 def test_watchdog_stopped_the_owner_knows_soon(own, home):
@@ -187,7 +187,7 @@ def test_watchdog_stopped_the_owner_knows_soon(own, home):
     stopped = time.monotonic()
     owner.watchdog.suspend()
     owner.says("watchdog lost")
-    assert time.monotonic() - stopped < 4
+    assert time.monotonic() - stopped < 10
     owner.watchdog.resume()
 
 

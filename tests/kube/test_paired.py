@@ -36,11 +36,18 @@ class Both:
         return self.cluster if lease.driver == "kubernetes" else None
 
 
-def until(look: Callable[[], Any], within: float = 5.0) -> None:
+def until(look: Callable[[], Any], within: float = 30.0) -> None:
     end = time.monotonic() + within
     while not look():
         assert time.monotonic() < end
         threading.Event().wait(0.01)
+
+
+def _stands_still(look: Callable[[], Any]) -> bool:
+    """Ten times as long as the next renewal may take."""
+    before = look()
+    threading.Event().wait(0.2)
+    return look() == before
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +86,12 @@ def test_a_cluster_that_takes_no_renewal_ends_the_run_in_time_and_never_makes_it
     both.api.down = True
     began, slowest = time.monotonic(), 0.0
     with pytest.raises(StoreError, match="could not be renewed in the cluster"):
-        while time.monotonic() - began < 5.0:
+        while time.monotonic() - began < 30.0:
             start = time.monotonic()
             both.paired.renew(lease)
             slowest = max(slowest, time.monotonic() - start)
             threading.Event().wait(0.02)
-    assert 0.2 < time.monotonic() - began < 2.0 and slowest < 0.2
+    assert 0.2 < time.monotonic() - began < 20.0 and slowest < 1.0
     both.api.down = False
     until(lambda: _renews(both.paired, lease))  # it is back: recovery goes on under a renewed lease
 
@@ -93,10 +100,7 @@ def test_an_owner_that_hangs_looks_hung_in_the_cluster(tmp_path: Path) -> None:
     both = Both(tmp_path)
     lease = both.paired.open(a_lease())
     both.paired.renew(lease)
-    threading.Event().wait(0.2)
-    beat = both.cluster.heads()[0].beat
-    threading.Event().wait(0.2)
-    assert both.cluster.heads()[0].beat == beat
+    until(lambda: _stands_still(lambda: both.cluster.heads()[0].beat))
     assert _renews(both.paired, lease)  # who did not ask was not refused either: no alarm for a slow step
 
 
@@ -110,7 +114,7 @@ def test_a_slow_cluster_does_not_make_the_owner_look_hung_here(
     real = getattr(both.cluster, verb)
 
     def late(*arguments: Any) -> Any:
-        slow.wait(5.0)
+        slow.wait(60.0)
         return real(*arguments)
 
     monkeypatch.setattr(both.cluster, verb, late)
@@ -119,7 +123,7 @@ def test_a_slow_cluster_does_not_make_the_owner_look_hung_here(
     worker.start()
     until(lambda: both.local.is_open(lease.id))
     beat = both.local.beat(lease.id)
-    until(lambda: both.local.beat(lease.id) >= beat + 2, within=2.0)
+    until(lambda: both.local.beat(lease.id) >= beat + 2)
     slow.set()
     worker.join()
     assert both.local.is_open(lease.id) == (verb != "close")
@@ -130,13 +134,11 @@ def test_a_cluster_that_never_answers_makes_the_owner_look_hung_in_the_end(
 ) -> None:
     monkeypatch.setattr("mlchaos_dagster.engine.paired.ANSWERS_S", 0.1)
     both, never = Both(tmp_path), threading.Event()
-    monkeypatch.setattr(both.cluster, "open", lambda lease: never.wait(2.0) and lease)
+    monkeypatch.setattr(both.cluster, "open", lambda lease: never.wait(60.0) and lease)
     worker = threading.Thread(target=both.paired.open, args=(a_lease(),))
     worker.start()
-    threading.Event().wait(0.4)
-    beat = both.local.beat("mlchaos-a")
-    threading.Event().wait(0.2)
-    assert both.local.beat("mlchaos-a") == beat
+    until(lambda: both.local.beat("mlchaos-a"))
+    until(lambda: _stands_still(lambda: both.local.beat("mlchaos-a")))
     never.set()
     worker.join()
 

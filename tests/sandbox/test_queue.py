@@ -70,7 +70,10 @@ def test_load_above_capacity_is_refused_seen_bounded_and_gone(jobs: Platform) ->
     jobs.client.remove_fault(lease)
     assert not submitter.is_running() and jobs.client.faults() == []
     eventually(lambda: jobs.client.signals()["backlog"] < 5)
-    assert jobs.client.signals()["jobs_lost"] == before == 0
+    batch = json.load(urllib.request.urlopen(f"{jobs.process('batch-client')['url']}/state", timeout=20))
+    assert batch["lost"] == 0 and before == 0
+    # What waited for 5 s is dropped, as promised: on a machine where 60 jobs take that long.
+    assert batch["dropped"] == 0 or (batch["wait_p95_s"] or 9.0) > 2.0, batch
 
 
 def test_load_ends_at_its_deadline_and_its_parameters_are_checked(jobs: Platform) -> None:
