@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mlchaos_dagster.domain.environment import Environment
-from mlchaos_dagster.domain.faults import ALIASES, FAULTS
+from mlchaos_dagster.domain.faults import ALIASES, BROUGHT, FAULTS
 from mlchaos_dagster.domain.nodes import Document, Node, resolve_plain
 from mlchaos_dagster.domain.parsing import one_line, unknown, validate
 from mlchaos_dagster.domain.spec import MAX_DURATION_S, NAME_PATTERN, Experiment, Model
@@ -78,7 +78,11 @@ def build(words: AdHoc, environment: Environment) -> Experiment:
     problems: list[Problem] = []
     kind = words.type.replace("-", "_")
     kind = ALIASES.get(kind, kind)
-    if kind not in FAULTS:
+    if kind in BROUGHT:
+        problems.append(
+            Problem("--type", f"{kind} is what a file brings. Allowed: mlchaos run FILE, such as engine.yaml.")
+        )
+    elif kind not in FAULTS:
         problems.append(Problem("--type", unknown("fault", words.type, [*FAULTS, *ALIASES])))
     elif environment.backend_for(kind) is None:
         served = ", ".join(k for kinds in environment.backends.values() for k in kinds)

@@ -25,6 +25,7 @@ COMMANDS = {
     "list": (_HERE + "list", "List experiments, suites and environments."),
     "describe": (_HERE + "describe", "Show one experiment as a document."),
     "check": (_HERE + "check", "Check spec files; every problem with its line."),
+    "import": (_HERE + "import_", "Turn YAML of Litmus and Chaos Mesh into experiments."),
     "plan": (_HERE + "plan", "Say how long a window must be to see the effect."),
     "status": (_HERE + "status", "Show what runs, open leases, lever, health and budget."),
     "stop": (_HERE + "stop", "Stop one run, or everything, and wait until it is clean."),

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current, leave
+from mlchaos_dagster.cli.brought import is_file, placed, read, taken, tell
 from mlchaos_dagster.domain.units import show_duration
 from mlchaos_dagster.errors import Problem, SpecError
 
 if TYPE_CHECKING:
     from mlchaos_dagster.domain.environment import Environment
+    from mlchaos_dagster.domain.manifests.drafts import Brought
     from mlchaos_dagster.domain.spec import Experiment
     from mlchaos_dagster.domain.stages import Progressive
 
-_SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE"
+_SOURCES = "NAME…, --suite S, --type KIND --target T, --config FILE, FILE of Litmus or Chaos Mesh"
 _EXIT_ABORTED = 4
 _NO_SCALE = 1e-9
 """A scale at which every window is as long as `duration_min`, or as the experiment itself where that is shorter."""
@@ -35,11 +37,13 @@ class Request:
 
 
 @click.command("run")
-@click.argument("names", nargs=-1, metavar="[NAME]...", type=Names("experiment"))
+@click.argument("names", nargs=-1, metavar="[NAME|FILE]...", type=Names("experiment"))
 @click.option("--suite", type=Names("suite"), metavar="SUITE", help="Run the experiments of a suite.")
 @click.option("--type", "kind", metavar="KIND", help="Run one fault without a file, such as pod_kill.")
 @click.option("--name", metavar="NAME", help="Name of the run of --type.")
-@click.option("--target", "--target-app", "target", metavar="TARGET", help="Target of --type.")
+@click.option(
+    "--target", "--target-app", "target", metavar="TARGET", help="Target of --type; of FILE, instead of its own."
+)
 @click.option(
     "--duration",
     metavar="TIME",
@@ -57,6 +61,8 @@ class Request:
 @common
 def command(names: tuple[str, ...], **options: Any) -> None:
     """Run experiments, one after the other: guards, baseline, fault, recovery, verdict, report.
+
+    FILE is YAML of Litmus or Chaos Mesh: a ChaosEngine, a NetworkChaos, … (one of ours goes with --config).
 
     \b
     Exit code: 0 HELD · 1 DEVIATED · 2 wrong input · 3 REFUSED · 4 ABORTED · 5 INCONCLUSIVE · 6 internal error ·
@@ -78,7 +84,7 @@ def command(names: tuple[str, ...], **options: Any) -> None:
             shadow=options["shadow"],
             seed=options["seed"],
             suite=options["suite"] or "",
-            again=_again(app, options),
+            again=_again(app, {**options, "files": [n for n in names if is_file(n)]}),
         )
     except KeyboardInterrupt:
         # Between runs, or so early or late that the run itself could not take it: nothing is claimed here.
@@ -92,9 +98,8 @@ def _again(app: App, options: dict[str, Any]) -> str | None:
     import shlex
     import sys
 
-    by_name = not any(options[o] for o in ("kind", "config", "stages", "backend", "duration")) and not app.given.get(
-        "library"
-    )
+    by_name = not any(options[o] for o in ("kind", "config", "stages", "backend", "duration", "files"))
+    by_name = by_name and not app.given.get("library")
     return None if by_name else f"mlchaos {shlex.join(sys.argv[1:])}"
 
 
@@ -109,7 +114,11 @@ def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Reques
     threshold = _threshold(options["safety_threshold"])
     if options["kind"]:
         request = _from_words(app, environment, options)
+    elif brought := _brought(names, options):
+        request = _from_theirs(app, environment, brought, options["target"] or "")
     elif options["config"]:
+        if options["target"]:
+            raise SpecError("goes with --type, or with files of Litmus and Chaos Mesh.", "--target")
         request, in_file = _from_file(app, environment, Path(options["config"]))
         threshold = in_file if threshold is None else threshold
     elif options["stages"]:
@@ -170,8 +179,9 @@ def _one_source(names: tuple[str, ...], options: dict[str, Any]) -> None:
     if len(given) > 1:
         raise SpecError(f"{' and '.join(given)} at the same time. Allowed: one of {_SOURCES}.", "run")
     if not options["kind"]:
+        theirs = options["config"] or any(is_file(n) for n in names)
         for option in ("name", "target", "param"):
-            if options[option]:
+            if options[option] and not (option == "target" and theirs):
                 raise SpecError(f"goes with --type only. Allowed: {_SOURCES}.", f"--{option}")
         if options["duration"] and options["config"]:
             raise SpecError("goes with NAME, --suite or --type: a file says its own.", "--duration")
@@ -237,6 +247,38 @@ def _from_file(app: App, environment: Environment, path: Path) -> tuple[Request,
         ]
         raise SpecError(moved) from e
     return _unscaled(experiment, environment), words.safety_threshold
+
+
+def _brought(names: tuple[str, ...], options: dict[str, Any]) -> list[Brought]:
+    """What files of other tools bring, by FILE or --config; empty: the arguments are no such files.
+
+    Raises:
+        SpecError: one of them cannot be run, or names and files are mixed.
+    """
+    paths = [Path(n) for n in names if is_file(n)] or ([Path(options["config"])] if options["config"] else [])
+    if not paths or options["stages"]:
+        return []
+    theirs = [path for path in paths if read(path) is not None]
+    if not theirs:
+        return []
+    if len(theirs) < max(len(names), len(paths)):
+        other = next((n for n in names if Path(n) not in theirs), "")
+        raise SpecError("goes not together with files of Litmus or Chaos Mesh. Allowed: one call for each.", other)
+    return taken(theirs)
+
+
+def _from_theirs(app: App, environment: Environment, files: list[Brought], target: str) -> Request:
+    """Their durations are meant as they are; the target of each is the environment's own, or is added to a copy of it."""
+    found = placed(files, environment, target)
+    for one in files:
+        tell(app, one)
+        for suite in one.suites:
+            if suite.schedule is not None:
+                app.note(
+                    f"hint     {one.source}: run once, now; `mlchaos import {one.source} --to DIR` keeps its schedule, too"
+                )
+    environment = found[-1].environment.model_copy(update={"duration_scale": 1.0, "duration_min": 0.0})
+    return Request([one.experiment for one in found], environment)
 
 
 def _no_files(app: App, names: tuple[str, ...]) -> None:

@@ -139,9 +139,9 @@ def place(draft: Draft, environment: Environment, target: str = "") -> Placed:
 
 
 def _target(draft: Draft, environment: Environment, name: str) -> tuple[str, dict[str, Target]]:
-    if name:
-        return name, {}
     chosen = draft.selection
+    if name:
+        return _named(name, chosen, environment)
     if not chosen.select:
         targets = ", ".join(environment.targets)
         what = f"{draft.what}: {chosen.why_none}. Allowed: --target with one of {environment.name}'s: {targets}."
@@ -171,6 +171,17 @@ def _target(draft: Draft, environment: Environment, name: str) -> tuple[str, dic
         n += 1
         name = f"{base[: _MOST - 4].rstrip('-')}-{n}"
     return name, {name: added}
+
+
+def _named(name: str, chosen: Selection, environment: Environment) -> tuple[str, dict[str, Target]]:
+    """A target by its name; with the container and the file of the draft, where it names them and the target others."""
+    known = environment.targets.get(name)
+    objects = known.kubernetes if known is not None and environment.kubernetes is not None else None
+    wanted = {k: v for k, v in (("container", chosen.container), ("path", chosen.path)) if v}
+    if known is None or objects is None or all(getattr(objects, k) == v for k, v in wanted.items()):
+        return name, {}
+    changed = known.model_copy(update={"kubernetes": objects.model_copy(update=wanted)})
+    return (other := name_of(name, "as-written")), {other: changed}
 
 
 def _same(one: str, other: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of
@@ -172,7 +173,7 @@ _DAMAGE = ("random_bytes", "truncate", "bit_flip")
 _KEPT_ANNOTATIONS = re.compile(r"(?!kubectl\.kubernetes\.io/last-applied-configuration)")
 
 
-def engine(look: Looker, node: Node, brought: Brought, path: Path = (), name: str = "") -> None:
+def engine(look: Looker, node: Node, brought: Brought, path: Path, name: str, of: str = "ChaosEngine") -> None:
     """The experiments of a ChaosEngine's `spec` at `path`, or of the template of a schedule.
 
     Args:
@@ -181,6 +182,7 @@ def engine(look: Looker, node: Node, brought: Brought, path: Path = (), name: st
         brought: where the drafts go.
         path: of the spec in the document.
         name: of the engine or schedule.
+        of: which of both.
     """
     spec = look.look(node, path, _SPEC)
     if not isinstance(spec, dict):
@@ -199,7 +201,7 @@ def engine(look: Looker, node: Node, brought: Brought, path: Path = (), name: st
     for i, entry in enumerate(listed):
         suffix = str(entry.get("name", "")) if len(listed) > 1 else ""
         one = _Entry(look, entry, (*path, "experiments", i), {**spec, **meta}, chosen)
-        one.draft(brought, name_of(name, suffix), f"ChaosEngine {name}" if name else "a ChaosEngine")
+        one.draft(brought, name_of(name, suffix), f"{of} {name}")
 
 
 def fragment(look: Looker, node: Node, brought: Brought, path: Path = ()) -> None:
@@ -437,8 +439,7 @@ class _Entry:
         chosen = self.chosen
         container = self.env.get("TARGET_CONTAINER", "").split(",")[0].strip()
         path = self.env.get("FILE_PATH", "") if native else ""
-        if chosen.select:
-            chosen = Selection(chosen.kind, chosen.namespace, chosen.select, container, path)
+        chosen = replace(chosen, container=container, path=path)
         if pods := [p for p in self.env.get("TARGET_PODS", "").split(",") if p.strip()]:
             what = f"the pods are frozen when the run begins, out of all that match: {len(pods)} of them, not these by name."
             self._say("TARGET_PODS", what)

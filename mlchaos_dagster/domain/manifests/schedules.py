@@ -71,7 +71,7 @@ def chaos_schedule(look: Looker, brought: Brought, name: str) -> None:
     spec = part(look.look(pair[1], ("spec",), _SPEC))
     template = at(pair[1], "engineTemplateSpec")
     if template is not None:
-        engine(look, template, brought, ("spec", "engineTemplateSpec"), name)
+        engine(look, template, brought, ("spec", "engineTemplateSpec"), name, "ChaosSchedule")
     schedule = part(spec.get("schedule"))
     if not schedule:
         return
