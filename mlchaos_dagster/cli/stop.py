@@ -295,7 +295,7 @@ def _show(app: App, places: Places, results: list[dict[str, Any]], stopper: Stop
     if not results:
         app.out(stopper.finished or "nothing was running")
     if lever is not None:
-        app.out("the lever is pulled: no run starts until `mlchaos stop --release`")
+        app.out(f"the lever is pulled: no run starts until `mlchaos stop --release -e {app.settings.environment}`")
     if stopper.cluster:
         app.out(f"cluster of {app.settings.environment}: the lever is {stopper.cluster}")
     if not clean:

@@ -49,7 +49,7 @@ def lever_released(run: Run) -> GuardResult:
         name="lever released",
         passed=asked is None,
         saw="no stop requested" if asked is None else asked.reason,
-        needs="" if asked is None else "`mlchaos stop --release` once it is safe",
+        needs="" if asked is None else f"`mlchaos stop --release -e {run.environment.name}` once it is safe",
     )
 
 

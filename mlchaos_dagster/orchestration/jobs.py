@@ -4,13 +4,16 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.spec import Experiment, Suite
+from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import MlChaosError
+from mlchaos_dagster.kube.remote import Answer, RemoteLedger
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.assets import asset_keys, check_keys
 from mlchaos_dagster.orchestration.ops import Pair
@@ -120,51 +123,83 @@ class EmergencyStop(dg.Config):
     run_ids: list[str] = []
     """Empty: every run, of Dagster and of the CLI."""
     lever: bool = True
-    """Keep new runs out until `mlchaos stop --release`. Only without `run_ids`."""
+    """Keep new runs out, here and in the environment's cluster, until it is released. Only without `run_ids`."""
     reason: str = "emergency stop from Dagster"
     within_s: float = 10.0
     """Owners that have not taken their faults away after this long are fenced and their faults taken from them."""
 
 
-@dg.op(required_resource_keys={"platform"})
-def stop_everything(context: dg.OpExecutionContext, config: EmergencyStop) -> None:
-    """Stop runs, wait until their faults are proven gone, and take away what is left."""
-    platform: Platform = context.resources.platform
-    begun = time.monotonic()
-    platform.incident("emergency_stop", config.reason, run_ids=config.run_ids, lever=config.lever)
-    # Nothing that fails here keeps the next line from stopping somebody: it is told at the end.
-    failed: list[str] = []
-    everything = not config.run_ids
-    if everything and config.lever:
-        try:
-            platform.pull_lever(config.reason)
-        except MlChaosError as e:
-            failed.append(f"the lever: {e}")
-    runs = [r for r in active_runs(context.instance) if everything or r.run_id in config.run_ids]
-    known = {r.run_id for r in runs}
-    others = [i for i in config.run_ids if i not in known]
-    if everything:
-        try:
-            others = [i for i in platform.running() if not of_runs(i, sorted(known))]
-        except MlChaosError as e:
-            failed.append(f"active runs cannot be read: {e}")
-    failed += request_stops(platform, others, config.reason)
-    for problem in [*failed, *stop_runs(platform, context.instance, runs, config.reason)]:
-        context.log.warning(problem)
-    end = begun + config.within_s * 0.6
-    while (held := _held(platform, config.run_ids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    taken = platform.recover(sorted({lease.run_id for lease in held})) if held else []
-    left = _held(platform, config.run_ids)
-    seconds = time.monotonic() - begun
-    context.add_output_metadata(
-        {"runs_stopped": len(runs), "clean_seconds": seconds, "taken_away": "\n".join(taken) or "nothing had to be"}
-    )
-    if left:
-        raise dg.Failure(f"faults may be live: {', '.join(lease.id for lease in left)}. Type: mlchaos recover")
-    if failed:
-        raise dg.Failure(f"not all could be asked to stop: {'; '.join(failed)}", allow_retries=False)
-    context.log.info(f"clean after {seconds:.2f} s; {len(runs)} runs were asked to stop")
+def stop_everything(environments: Sequence[Environment]) -> dg.OpDefinition:
+    """The op that stops runs, waits until their faults are proven gone, and takes away what is left."""
+
+    @dg.op(name="stop_everything", required_resource_keys={"platform"})
+    def op(context: dg.OpExecutionContext, config: EmergencyStop) -> None:
+        platform: Platform = context.resources.platform
+        begun = time.monotonic()
+        platform.incident("emergency_stop", config.reason, run_ids=config.run_ids, lever=config.lever)
+        # Nothing that fails here keeps the next line from stopping somebody: it is told at the end.
+        failed: list[str] = []
+        everything = not config.run_ids
+        pulled: list[Pulled] = []
+        if everything and config.lever:
+            try:
+                platform.pull_lever(config.reason)
+            except MlChaosError as e:
+                failed.append(f"the lever: {e}")
+            pulled = pull_far_levers(platform, environments, config.reason)
+        runs = [r for r in active_runs(context.instance) if everything or r.run_id in config.run_ids]
+        known = {r.run_id for r in runs}
+        others = [i for i in config.run_ids if i not in known]
+        if everything:
+            try:
+                others = [i for i in platform.running() if not of_runs(i, sorted(known))]
+            except MlChaosError as e:
+                failed.append(f"active runs cannot be read: {e}")
+        failed += request_stops(platform, others, config.reason)
+        for problem in [*failed, *stop_runs(platform, context.instance, runs, config.reason)]:
+            context.log.warning(problem)
+        end = begun + config.within_s * 0.6
+        while (held := _held(platform, config.run_ids)) and time.monotonic() < end:
+            time.sleep(0.1)
+        taken = platform.recover(sorted({lease.run_id for lease in held})) if held else []
+        left = [lease.id for lease in _held(platform, config.run_ids)]
+        for one in pulled:
+            still, problems = one.wait()
+            left, failed = left + still, failed + problems
+        seconds = time.monotonic() - begun
+        context.add_output_metadata(
+            {"runs_stopped": len(runs), "clean_seconds": seconds, "taken_away": "\n".join(taken) or "nothing had to be"}
+        )
+        if left:
+            raise dg.Failure(f"faults may be live: {', '.join(left)}. Type: mlchaos recover")
+        if failed:
+            raise dg.Failure(f"not all could be asked to stop: {'; '.join(failed)}", allow_retries=False)
+        context.log.info(f"clean after {seconds:.2f} s; {len(runs)} runs were asked to stop")
+
+    return op
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The lever of a cluster, being pulled."""
+
+    environment: str
+    cluster: RemoteLedger
+    answer: Answer[tuple[Lease, ...]]
+
+    def wait(self) -> tuple[list[str], list[str]]:
+        """Leases that were open and are not closed in time, of any machine, and what could not be done."""
+        leases, said = self.answer.wait()
+        if leases is None:
+            return [], [f"the lever of the cluster of {self.environment} is NOT pulled: {said}"]
+        gone = self.cluster.until_gone(leases)
+        return [f"{lease.id} in {self.environment} ({why})" for lease, _, why in gone if why], []
+
+
+def pull_far_levers(platform: Platform, environments: Iterable[Environment], reason: str) -> list[Pulled]:
+    """Begin to pull the levers of all clusters; nobody is waited for."""
+    clusters = {env.name: platform.cluster(env) for env in environments}
+    return [Pulled(name, far, far.pull(reason)) for name, far in clusters.items() if far is not None]
 
 
 def _held(platform: Platform, run_ids: Sequence[str]) -> list[Any]:
@@ -184,13 +219,23 @@ def recover_open_leases(context: dg.OpExecutionContext) -> None:
         context.log.info(line)
 
 
-@dg.op(required_resource_keys={"platform"})
-def release_the_lever(context: dg.OpExecutionContext) -> None:
-    """Let runs in again after an emergency stop; refused while a fault may be live."""
-    platform: Platform = context.resources.platform
-    if held := platform.leases():
-        raise dg.Failure(f"leases are open: {', '.join(lease.id for lease in held)}. Run recover_leases first.")
-    context.log.info("released: runs may start again" if platform.release_lever() else "it was not pulled")
+def release_the_lever(environments: Sequence[Environment]) -> dg.OpDefinition:
+    """The op that lets runs in again after an emergency stop; refused while a fault may be live."""
+
+    @dg.op(name="release_the_lever", required_resource_keys={"platform"})
+    def op(context: dg.OpExecutionContext) -> None:
+        platform: Platform = context.resources.platform
+        if held := platform.leases():
+            raise dg.Failure(f"leases are open: {', '.join(lease.id for lease in held)}. Run recover_leases first.")
+        context.log.info("released: runs may start again" if platform.release_lever() else "it was not pulled")
+        clusters = {env.name: platform.cluster(env) for env in environments}
+        said = {name: far.release() for name, far in clusters.items() if far is not None}
+        for name, what in said.items():
+            context.log.info(f"{name}: {what}")
+        if refused := [f"{name}: {what}" for name, what in said.items() if " NOT " in what]:
+            raise dg.Failure("; ".join(refused), allow_retries=False)
+
+    return op
 
 
 def operations(environments: Sequence[Environment], experiments: Sequence[Experiment]) -> list[dg.JobDefinition]:
@@ -218,10 +263,10 @@ def operations(environments: Sequence[Environment], experiments: Sequence[Experi
     return [
         job(
             "emergency_stop",
-            stop_everything,
+            stop_everything(environments),
             "Stop every experiment (or the runs given) and prove that nothing is left.",
         ),
-        job("release_lever", release_the_lever, "Let runs in again after an emergency stop."),
+        job("release_lever", release_the_lever(environments), "Let runs in again after an emergency stop."),
         job("recover_leases", recover_open_leases, "Take away faults whose owner is gone."),
         job("preflight", look_ahead, "What would keep experiments from running now? Touches nothing."),
     ]

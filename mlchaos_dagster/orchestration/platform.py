@@ -18,6 +18,7 @@ from mlchaos_dagster.engine.ports import Budget, Lease, StopSource, SystemClock
 from mlchaos_dagster.engine.stops import StopFiles
 from mlchaos_dagster.engine.store import RecordStore
 from mlchaos_dagster.errors import MlChaosError
+from mlchaos_dagster.kube.remote import RemoteLedger
 from mlchaos_dagster.orchestration.keys import outcome_word
 from mlchaos_dagster.orchestration.ports import Finding, LiveRun, Progress, Published
 from mlchaos_dagster.settings import Settings
@@ -161,6 +162,14 @@ class RealPlatform:
     def release_lever(self) -> bool:
         """Let runs in again; False when it was not pulled."""
         return StopFiles(self.settings.home).release_lever()
+
+    def cluster(self, environment: Environment) -> RemoteLedger | None:
+        """Leases of all machines and the lever in the cluster of an environment; None where it has none."""
+        if environment.kubernetes is None:
+            return None
+        from mlchaos_dagster import wiring
+
+        return RemoteLedger(lambda: wiring.cluster_of(environment, self.settings), self.settings.user)
 
     def sweep(self) -> list[str]:
         """Take away the faults of owners that are gone or hang."""

@@ -16,6 +16,7 @@ from mlchaos_dagster.domain.record import GuardResult, RunRecord, Samples, Span,
 from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.engine.ports import Budget, Lease, StopSource
 from mlchaos_dagster.engine.store import RecordStore
+from mlchaos_dagster.kube.remote import RemoteLedger
 from mlchaos_dagster.settings import Settings
 
 Progress = Callable[[str, dict[str, Any]], None]
@@ -159,6 +160,10 @@ class Platform(Protocol):
 
     def release_lever(self) -> bool:
         """Let runs in again; False when it was not pulled."""
+        ...
+
+    def cluster(self, environment: Environment) -> RemoteLedger | None:
+        """Leases of all machines and the lever in the cluster of an environment; None where it has none."""
         ...
 
     def sweep(self) -> list[str]:

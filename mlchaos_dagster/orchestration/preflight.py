@@ -17,7 +17,7 @@ def preflight(platform: Platform, environment: Environment, experiments: Sequenc
     name, home = environment.name, platform.settings.home
     findings = [
         _asked(f"{name}: state directory", lambda: _writable(platform)),
-        _asked(f"{name}: lever", lambda: _lever(StopFiles(home).lever())),
+        _asked(f"{name}: lever", lambda: _lever(StopFiles(home).lever(), name)),
         _asked(f"{name}: gate", lambda: _gate(read_gate(home.gates / f"{name}.json"))),
         _asked(f"{name}: open leases", lambda: _leases(platform)),
         _asked(f"{name}: error budget", lambda: _budget(platform, environment)),
@@ -46,8 +46,9 @@ def _writable(platform: Platform) -> tuple[bool, str, str]:
     return True, str(root), ""
 
 
-def _lever(reason: str | None) -> tuple[bool, str, str]:
-    return reason is None, reason or "released", "" if reason is None else "`mlchaos stop --release` once it is safe"
+def _lever(reason: str | None, environment: str) -> tuple[bool, str, str]:
+    needs = "" if reason is None else f"`mlchaos stop --release -e {environment}` once it is safe"
+    return reason is None, reason or "released", needs
 
 
 def _gate(reason: str | None) -> tuple[bool, str, str]:

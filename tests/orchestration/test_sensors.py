@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import uuid
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -16,7 +17,8 @@ from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.engine.active import ActiveRuns
 from mlchaos_dagster.engine.ports import Lease, SystemClock
 from mlchaos_dagster.engine.processes import current_owner
-from mlchaos_dagster.errors import ProbeError
+from mlchaos_dagster.errors import DriverUnavailable, ProbeError
+from mlchaos_dagster.kube.remote import RemoteLedger
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration.definitions import resources
 from mlchaos_dagster.orchestration.jobs import operations
@@ -203,6 +205,55 @@ def test_runs_that_dagster_does_not_know_are_stopped_too(platform: SimPlatform, 
     active = ActiveRuns(platform.settings.home.active, SystemClock())
     active.announce("of-the-command-line", "one", "sim", current_owner(), time.time(), 60.0)
     assert operate(platform, instance, "emergency_stop", {"lever": False}).success
+    assert (platform.root / "stop" / "run-of-the-command-line").is_file()
+
+
+class FarLedger:
+    """The ledger of a cluster in which one lease of another machine is open, until the lever is pulled."""
+
+    def __init__(self) -> None:
+        self.lever, self.reason, self.open = self, "", ["of-another-machine"]
+
+    def pull(self, reason: str, who: str = "") -> None:
+        self.reason = reason
+
+    def release(self) -> bool:
+        pulled, self.reason = bool(self.reason), ""
+        return pulled
+
+    def leases(self) -> tuple[Any, ...]:
+        return tuple(SimpleNamespace(id=i) for i in self.open)
+
+    def heads(self) -> tuple[Any, ...]:
+        if self.reason:
+            self.open = []
+        return self.leases()
+
+
+def test_emergency_stop_pulls_the_lever_of_the_cluster_too(
+    platform: SimPlatform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = FarLedger()
+    monkeypatch.setattr(SimPlatform, "cluster", lambda self, environment: RemoteLedger(lambda: far, "tester"))  # type: ignore[arg-type,return-value]
+    assert operate(platform, instance, "emergency_stop", {"reason": "enough"}).success
+    assert far.reason == "enough" and not far.open and platform.lever() == "enough"
+    assert operate(platform, instance, "release_lever").success
+    assert not far.reason and platform.lever() is None
+
+
+def test_a_cluster_that_does_not_answer_is_told_and_keeps_nobody_here_from_being_stopped(
+    platform: SimPlatform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> Any:
+        raise DriverUnavailable("no route to host", driver="kubernetes", verb="connect")
+
+    monkeypatch.setattr(SimPlatform, "cluster", lambda self, environment: RemoteLedger(away, "tester"))
+    active = ActiveRuns(platform.settings.home.active, SystemClock())
+    active.announce("of-the-command-line", "one", "sim", current_owner(), time.time(), 60.0)
+    result = operate(platform, instance, "emergency_stop")
+    assert not result.success and platform.lever() is not None
+    failure = next(e for e in result.all_events if e.is_step_failure)
+    assert "NOT pulled" in str(failure.step_failure_data) and "no route to host" in str(failure.step_failure_data)
     assert (platform.root / "stop" / "run-of-the-command-line").is_file()
 
 
