@@ -17,8 +17,13 @@ from mlchaos_dagster.kube.client import ApiRefused, Conflict, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text, words
 
 CRDS = ("chaosengines", "chaosexperiments", "chaosresults")
-INSTALL = "docs/litmus.md: `helm install` with manifests/litmus"
-_EXPERIMENT = "https://hub.litmuschaos.io/api/chaos/master?file=faults/kubernetes/{name}/fault.yaml"
+CHART = "litmuschaos/litmus-core --version 3.28.1"
+INSTALL = f"helm upgrade --install litmus {CHART} -n chaos --create-namespace -f manifests/litmus/values.yaml"
+CRDS_INSTALL = f"helm show crds {CHART} | kubectl apply --server-side -f -"
+_OTHERS = "https://raw.githubusercontent.com/litmuschaos/chaos-charts/3.28.0/faults/kubernetes/{name}/fault.yaml"
+_WITHOUT_HELPER = frozenset({"pod-delete", faults.PARTITION})
+"""Experiments that need no privileged pod beside their target."""
+_LEVEL = "pod-security.kubernetes.io/enforce"
 _OPERATOR = "chaos-operator"
 _SAMPLE = "mlchaos-dry-run"
 
@@ -58,7 +63,9 @@ def permissions(site: Site, request: Request) -> Iterator[Permission]:
 def objections(site: Site, request: Request) -> Iterator[Objection]:
     """From what is installed to what this very ChaosEngine would meet; later ones only where the earlier are met."""
     if missing := _missing_kinds(site):
-        yield Objection(f"Litmus is not installed: the cluster has no {', '.join(missing)} of {engine.GROUP}", INSTALL)
+        yield Objection(
+            f"Litmus is not installed: the cluster has no {', '.join(missing)} of {engine.GROUP}", CRDS_INSTALL
+        )
         return
     options = site.options.litmus
     where = engine.namespace_of(options, request.refs[0].namespace)
@@ -143,41 +150,56 @@ def _parts(site: Site, request: Request, where: str) -> Iterator[Objection]:
     name, account = faults.experiment_of(request.kind, request.params), account_of(site.options.litmus, request)
     experiment = site.cluster.get(f"{engine.collection(where, 'chaosexperiments')}/{name}")
     if experiment is None:
-        command = f'kubectl apply -n {where} -f "{_EXPERIMENT.format(name=name)}"'
+        ours = name in faults.EXPERIMENTS.values()
+        command = (
+            f"kubectl apply -n {where} {'-k manifests/litmus/faults' if ours else f'-f {_OTHERS.format(name=name)}'}"
+        )
         yield Objection(f"there is no ChaosExperiment {name} in namespace {where}", command)
     if site.cluster.get(f"/api/v1/namespaces/{where}/serviceaccounts/{account}") is None:
         yield Objection(
             f"there is no service account {account} in namespace {where}",
-            f"kubectl create serviceaccount {account} -n {where}, with the rules of the experiment bound to it; or "
+            f"kubectl create serviceaccount {account} -n {where}; {_bound(where, account, where, 'litmus-faults')}; or "
             "kubernetes.litmus.service_account: one that is there",
         )
     elif experiment is not None:
         yield from _rights(site, request, experiment, where, account)
+    space = mapping(site.cluster.get(f"/api/v1/namespaces/{where}"), "metadata", "labels")
+    if name not in _WITHOUT_HELPER and space.get(_LEVEL, "privileged") != "privileged":
+        yield Objection(
+            f"pod security {space[_LEVEL]} of namespace {where} refuses the privileged helpers of {name}",
+            f"kubectl label namespace {where} {_LEVEL}=privileged --overwrite; or kubernetes.litmus.namespace: another",
+        )
 
 
 def _rights(site: Site, request: Request, experiment: Object, where: str, account: str) -> Iterator[Objection]:
     """The rules that the experiment says it needs, in its own namespace and in that of the targets."""
     cluster_wide = text(experiment, "spec", "definition", "scope") == "Cluster"
-    target = request.refs[0].namespace
+    target, name = request.refs[0].namespace, text(experiment, "metadata", "name")
+    lacking: dict[tuple[str, str], list[str]] = {}
     for rule in items(experiment, "spec", "definition", "permissions"):
         for group in words(rule, "apiGroups"):
             if group and site.cluster.get(f"/apis/{group}") is None:
                 continue  # what is not installed needs no right
             own = group in ("batch", engine.GROUP)
-            spaces = [""] if cluster_wide else [where] if own or not target or target == where else [where, target]
+            spaces = [""] if cluster_wide else sorted({where} if own else {where, target or where})
             for resource in words(rule, "resources"):
                 for space in spaces:
-                    lacking = [
-                        v for v in words(rule, "verbs") if not _may(site, where, account, v, group, resource, space)
-                    ]
-                    if lacking:
-                        rules = Permission(lacking[0], resource, space, group).rule_of(*lacking)
-                        place = f" in {space}" if space else ""
-                        yield Objection(
-                            f"service account {where}/{account} may not {', '.join(lacking)} {resource}{place}, which "
-                            f"{text(experiment, 'metadata', 'name')} needs",
-                            f"{rules}, bound to {account}",
-                        )
+                    verbs = words(rule, "verbs")
+                    if no := [v for v in verbs if not _may(site, where, account, v, group, resource, space)]:
+                        role = "litmus-network-partition" if resource == "networkpolicies" else "litmus-faults"
+                        lacking.setdefault((space, role), []).append(f"{', '.join(no)} {resource}")
+    for (space, role), what in sorted(lacking.items()):
+        yield Objection(
+            f"service account {where}/{account} may not {'; '.join(what)}{f' in {space}' if space else ''}: {name} needs it",
+            _bound(where, account, space, role),
+        )
+
+
+def _bound(where: str, account: str, space: str, role: str) -> str:
+    """The command that gives an account what experiments need in a namespace; empty: in the cluster."""
+    how = f"rolebinding {role} -n {space}" if space else f"clusterrolebinding {role}"
+    bind = f"kubectl create {how} --clusterrole={role} --serviceaccount={where}:{account}"
+    return f"kubectl apply -f manifests/litmus/roles.yaml; {bind}"
 
 
 def _may(site: Site, where: str, account: str, verb: str, group: str, resource: str, namespace: str) -> bool:
