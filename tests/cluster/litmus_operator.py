@@ -339,7 +339,9 @@ class Experiment(threading.Thread):
             start = tuple(f"{w['names']}-" for w in workloads)
             return space, [p["metadata"]["name"] for p in pods if p["metadata"]["name"].startswith(start) and _alive(p)]
         label = spec["appinfo"]["applabel"]
-        return space, [p["metadata"]["name"] for p in self.cluster.list(f"/api/v1/namespaces/{space}/pods", labels=label)]
+        return space, [
+            p["metadata"]["name"] for p in self.cluster.list(f"/api/v1/namespaces/{space}/pods", labels=label)
+        ]
 
     def _pod_delete(self) -> list[str]:
         start, seconds = time.monotonic(), float(self.env["TOTAL_CHAOS_DURATION"])
@@ -370,7 +372,9 @@ class Experiment(threading.Thread):
         spec = self.engine["spec"]["appinfo"]
         key, value = spec["applabel"].split("=")
         space, names = self._targets()
-        blocks = [ip if "/" in ip else f"{ip}/32" for ip in filter(None, self.env.get("DESTINATION_IPS", "").split(","))]
+        blocks = [
+            ip if "/" in ip else f"{ip}/32" for ip in filter(None, self.env.get("DESTINATION_IPS", "").split(","))
+        ]
         peers = [{"ipBlock": {"cidr": "0.0.0.0/0", "except": blocks}}] if blocks else []
         name = f"pod-network-partition-np-{secrets.token_hex(3)}"
         policy = {
@@ -395,7 +399,18 @@ class Experiment(threading.Thread):
         else:
             words = f"--vm {self.env['NUMBER_OF_WORKERS']} --vm-bytes {self.env['MEMORY_CONSUMPTION']}M --vm-keep"
         for name in names:
-            command = ["kubectl", "exec", "-n", space, name, "--", "stress-ng", "--timeout", f"{seconds}s", *words.split()]
+            command = [
+                "kubectl",
+                "exec",
+                "-n",
+                space,
+                name,
+                "--",
+                "stress-ng",
+                "--timeout",
+                f"{seconds}s",
+                *words.split(),
+            ]
             stressor = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
             def end(name: str = name, stressor: Any = stressor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import InjectFailed
 from mlchaos_dagster.kube.client import Cluster
 from tests.cluster import litmus_operator
-from tests.cluster.conftest import TARGET_IMAGE, Faulting, deploy, eventually, kubectl, objects, pods, ready
+from tests.cluster.conftest import Faulting, deploy, eventually, kubectl, objects, pods, ready
 from tests.cluster.litmus_operator import Script
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "litmus"
@@ -237,7 +236,9 @@ def test_the_event_of_a_missing_experiment_is_told(
     driver = LitmusDriver.at(cluster, brief)
     lease = Leasing(driver, tmp_path).lease("pod_delete", deploy(namespace), count=1)  # type: ignore[arg-type]
     kubectl("delete", "chaosexperiment", "pod-delete", "-n", namespace)
-    with pytest.raises(InjectFailed, match="ChaosResourcesOperationFailed: .chaos start. Unable to get chaos resources"):
+    with pytest.raises(
+        InjectFailed, match="ChaosResourcesOperationFailed: .chaos start. Unable to get chaos resources"
+    ):
         driver.inject(lease)
     driver.recover(lease)
     assert nothing_left(namespace)

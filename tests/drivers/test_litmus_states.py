@@ -1,0 +1,102 @@
+"""What the objects of a ChaosEngine say, read together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlchaos_dagster.drivers.litmus import states
+from mlchaos_dagster.drivers.litmus.tracks import Tracks
+
+
+def an_engine(state: str = "active", status: str = "initialized", entry: str = "", **meta: Any) -> dict[str, Any]:
+    experiments = [{"name": "pod-delete", "status": entry}] if entry else []
+    return {
+        "metadata": {"name": "e", **meta},
+        "spec": {"engineState": state},
+        "status": {"engineStatus": status, "experiments": experiments},
+    }
+
+
+def a_result(phase: str = "Running", verdict: str = "Awaited", **more: Any) -> dict[str, Any]:
+    error = more.pop("error", None)
+    status = {"phase": phase, "verdict": verdict, **({"errorOutput": error} if error else {})}
+    status["probeSuccessPercentage"] = more.pop("share", "Awaited")
+    return {"metadata": {"annotations": more.pop("notes", {})}, "status": {"experimentStatus": status, **more}}
+
+
+ERROR = {"errorCode": "TARGET_SELECTION_ERROR", "reason": "no pods\n found"}
+
+
+@pytest.mark.parametrize(
+    "tracks,phase,said",
+    [
+        (Tracks(), "absent", "gone"),
+        (Tracks(an_engine("stop", "")), "inert", "stop"),
+        (Tracks(an_engine(status="")), "accepted", "has not seen"),
+        (Tracks(an_engine()), "accepted", "initialized"),
+        (Tracks(an_engine(), [a_result()]), "running", "initialized"),
+        (Tracks(an_engine("stop")), "aborting", "stop"),
+        (Tracks(an_engine(deletionTimestamp="now")), "aborting", "deleted"),
+        # The engine says nothing wrong, the result does: also after `completed`.
+        (
+            Tracks(an_engine(), [a_result("Error", "Error", error=ERROR)]),
+            "failed",
+            "TARGET_SELECTION_ERROR: no pods found",
+        ),
+        (Tracks(an_engine("stop", "completed"), [a_result("Completed", "Error")]), "failed", "verdict Error"),
+        (Tracks(an_engine(entry="Skipped")), "failed", "experiment pod-delete: Skipped"),
+        (Tracks(an_engine(entry="ChaosExperiment Not Found")), "failed", "Not Found"),
+        (Tracks(an_engine("stop", "completed"), [a_result("Completed", "Pass")]), "over", ""),
+        (Tracks(an_engine("stop", "stopped")), "over", "engineStatus is stopped"),
+        (Tracks(an_engine(), [a_result("Completed_With_Probe_Failure", "Fail", share="0")]), "over", "verdict Fail"),
+    ],
+)
+def test_phases(tracks: Tracks, phase: str, said: str) -> None:
+    found = states.of(tracks)
+    assert found.phase == phase and said in found.said
+
+
+def test_targets_by_notes_and_by_history() -> None:
+    notes = {"pod/a": "injected", "pod/b": "reverted", "note": "injected"}
+    history = {"targets": [{"name": "c", "chaosStatus": "targeted"}, {"name": "a", "chaosStatus": "reverted"}]}
+    tracks = Tracks(results=[a_result(notes=notes, history=history)])
+    assert states.touched(tracks) == {"a", "b", "c"}
+    assert states.still_injected(tracks) == {"a"}  # a note is younger than the history
+
+
+def test_why_nothing_goes_on() -> None:
+    waiting = {"reason": "ErrImagePull", "message": "no such image"}
+    pod = {"metadata": {"name": "e-runner"}, "status": {"containerStatuses": [{"state": {"waiting": waiting}}]}}
+    event = {
+        "type": "Warning",
+        "reason": "ChaosResourcesOperationFailed",
+        "message": "(chaos start) Unable to get chaos resources",
+    }
+    said = states.stuck(Tracks(an_engine(), pods=[pod]), [event])
+    assert "e-runner: ErrImagePull: no such image" in said and "ChaosResourcesOperationFailed: (chaos start)" in said
+    assert "is it running" in states.stuck(Tracks(an_engine(status="")), [])
+
+
+def test_findings() -> None:
+    probes = [
+        {
+            "name": "up",
+            "type": "httpProbe",
+            "mode": "Continuous",
+            "status": {"verdict": "Failed", "description": "got 503"},
+        },
+        {"name": "db", "type": "cmdProbe", "mode": "EOT", "status": {"verdict": "Passed", "description": ""}},
+        {"name": "late", "type": "promProbe", "mode": "EOT", "status": {"verdict": "N/A", "description": "never ran"}},
+    ]
+    result = a_result("Completed_With_Probe_Failure", "Fail", share="33", probeStatuses=probes)
+    found = {f.name: (f.passed, f.saw) for f in states.findings([result])}
+    assert [p for p, _ in found.values()] == [False, True, None, False]
+    assert found["litmus probe up"][1] == "httpProbe, mode Continuous: Failed: got 503"
+    assert "33 %" in found["litmus verdict"][1]
+    assert not states.judged([a_result()]) and not states.judged([]) and states.judged([result])
+    stopped = states.findings([a_result("Stopped", "Stopped", share="0")])[0]
+    assert stopped.passed is None
+    bare = states.findings([a_result("Completed", "Pass", share="100")])[0]
+    assert bare.passed and "no probes" in bare.saw
