@@ -17,6 +17,7 @@ from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster.evidence import nothing, of_all
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import model_volume, stress_holding
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
@@ -167,12 +168,7 @@ class ModelCorruption:
     def active(self, site: Site, injection: Injection) -> Evidence:
         """The files' SHA-256 as they are now, and whether anything of ours is beside them."""
         found = each(injection.refs, lambda ref: self._active(site, injection, ref), no_step, _LOOK_S)
-        all_of = [value(result) for result in found.values()]
-        return Evidence(
-            present=any(e.present for e in all_of),
-            effective=all(e.effective for e in all_of),
-            lines=tuple(line for e in all_of for line in e.lines),
-        )
+        return of_all(value(result) for result in found.values())
 
     def _active(self, site: Site, injection: Injection, ref: Ref) -> Evidence:
         frozen_ref = ref
@@ -181,7 +177,7 @@ class ModelCorruption:
             if claim := model_volume.lost(site, ref, before):
                 said = f"{ref.shown} is gone; its file is on the claim {claim}, which no pod that runs mounts"
                 return Evidence(present=True, effective=False, lines=(said,))
-            return _nothing(f"{ref.shown} is gone, and its files with it")
+            return nothing(f"{ref.shown} is gone, and its files with it")
         order, seen = {"lease": injection.lease.id, "path": before["path"]}, None
         if is_running(pod, ref, before["container"]):
             with suppress(NotRunning):
@@ -193,7 +189,7 @@ class ModelCorruption:
         if seen is None:
             said = f"{ref.shown}: container {before['container']} is not running"
             if before["mount"] is None:
-                return _nothing(f"{said}; the file was in its own layer, the next one is made from the image")
+                return nothing(f"{said}; the file was in its own layer, the next one is made from the image")
             return Evidence(
                 present=True, effective=False, lines=(f"{said}: its file is on a volume and cannot be read",)
             )
@@ -277,7 +273,3 @@ def _helper(site: Site, injection: Injection, ref: Ref, before: dict[str, Any]) 
             return name
         time.sleep(0.25)
     raise DriverUnavailable(f"the helper {name} in {ref.shown} does not start", driver=NAME, verb="recover")
-
-
-def _nothing(line: str) -> Evidence:
-    return Evidence(present=False, effective=False, lines=(line,))

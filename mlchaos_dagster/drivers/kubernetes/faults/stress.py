@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.drivers.cluster.evidence import nothing, of_all
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import stress_holding
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import (
@@ -165,28 +166,23 @@ class _Stress:
     def active(self, site: Site, injection: Injection) -> Evidence:
         """What the container's own `/proc` and cgroup say; effective only where it was seen at every target."""
         found = each(injection.refs, lambda ref: self._active(site, injection, ref), no_step, _TAKES_S)
-        all_of = [value(result) for result in found.values()]
-        return Evidence(
-            present=any(e.present for e in all_of),
-            effective=all(e.effective for e in all_of),
-            lines=tuple(line for e in all_of for line in e.lines),
-        )
+        return of_all(value(result) for result in found.values())
 
     def _active(self, site: Site, injection: Injection, ref: Ref) -> Evidence:
         before = injection.undo["pods"][str(ref)]
         pod = site.cluster.get(ref.path)
         if text(pod, "metadata", "uid") != ref.uid:
-            return _nothing(f"{ref.shown} is gone, and with it whatever ran in it")
+            return nothing(f"{ref.shown} is gone, and with it whatever ran in it")
         if (ended := self._ended(injection, ref, pod)) is not None:
             return ended
         if not is_running(pod, ref, before["container"]):
-            return _nothing(f"{ref.shown}: container {before['container']} is not running, no process of ours is in it")
+            return nothing(f"{ref.shown}: container {before['container']} is not running, no process of ours is in it")
         order = {"lease": injection.lease.id, "interval": _LOOK_S}
         try:
             seen = self.agent.ask(site, ref, before["container"], "look", order)
         except NotRunning:  # it ended while we looked
             pod = site.cluster.get(ref.path)
-            gone = _nothing(f"{ref.shown}: container {before['container']} ended, and with it whatever ran in it")
+            gone = nothing(f"{ref.shown}: container {before['container']} ended, and with it whatever ran in it")
             return self._ended(injection, ref, pod) or gone
         return self._seen(injection, ref, seen)
 
@@ -216,7 +212,7 @@ class CpuStress(_Stress):
         asked = float(injection.params["cores"]) * float(injection.params["load"])
         limit, burnt, used = seen["cgroup"]["cpu_limit"], float(seen["burnt_cores"]), seen["used_cores"]
         if not seen["pids"]:
-            return _nothing(f"{ref.shown}: no burner of lease {injection.lease.id} in its container")
+            return nothing(f"{ref.shown}: no burner of lease {injection.lease.id} in its container")
         most = min(asked, limit or asked)
         full = bool(limit) and used is not None and used >= _AT_THE_LIMIT * limit
         effective = burnt >= _LEAST_SHARE * most or (full and burnt >= _LEAST_AT_THE_LIMIT * most)
@@ -303,9 +299,6 @@ def _is_bigger(seen: dict[str, Any]) -> bool:
     most = max(int(seen["largest"]), int(seen["main"]["resident"]) + bonus)
     return bool(seen["cgroup"]["oom_group"]) or most > _BIGGER * int(seen["own"])
 
-
-def _nothing(line: str) -> Evidence:
-    return Evidence(present=False, effective=False, lines=(line,))
 
 
 def _mib(size: int | None) -> str:
