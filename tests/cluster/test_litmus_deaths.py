@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,13 +73,13 @@ except MlChaosError as e:
 
 
 @contextmanager
-def another(verb: str, lease: Lease, options: Kubernetes, pause_at: int = 0) -> Iterator[subprocess.Popen[str]]:
+def another(verb: str, lease: Lease, given: Kubernetes, pause_at: int = 0) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-c", OTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin
         told = {"verb": verb, "lease": dataclasses.asdict(lease), "pause_at": pause_at}
-        process.stdin.write(json.dumps({**told, "options": options.model_dump(mode="json")}) + "\n")
+        process.stdin.write(json.dumps({**told, "options": given.model_dump(mode="json")}) + "\n")
         process.stdin.flush()
         try:
             yield process
