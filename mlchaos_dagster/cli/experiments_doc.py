@@ -40,7 +40,8 @@ def text(catalog: Catalog) -> str:
     return "\n".join(parts)
 
 
-def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
     names = list(headers)
     lines = [names, ["---"] * len(names), *(list(row) for row in rows)]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"
@@ -57,7 +58,7 @@ def _overview(written: list[Experiment | Progressive], environment: Environment)
         )
         for e in written
     ]
-    return _table(("experiment", "what it says", "fault", "window", "mechanism it validates"), rows)
+    return table(("experiment", "what it says", "fault", "window", "mechanism it validates"), rows)
 
 
 def _window(spec: Experiment | Progressive, environment: Environment) -> str:
@@ -87,7 +88,7 @@ def _in_stages(p: Progressive, environment: Environment) -> str:
         )
         for e, stage in zip(ones, p.stages, strict=True)
     ]
-    stages = _table(("stage", "", "blast radius", "window", "steady state", "starts only after"), rows)
+    stages = table(("stage", "", "blast radius", "window", "steady state", "starts only after"), rows)
     shared = ones[0].model_copy(update={"name": p.name, "title": p.title})
     text = _experiment(shared, environment, without=("blast radius", "steady state"))
     return f"{text}\n{stages}"
@@ -118,7 +119,7 @@ def _experiment(e: Experiment, environment: Environment, without: tuple[str, ...
     if e.prerequisites:
         rows.append(("prerequisites", "; ".join(e.prerequisites)))
     rows = [row for row in rows if row[0] not in without]
-    return f"### {e.name}\n\n{e.title}.\n\n> {e.hypothesis}\n\n{_table(('', ''), rows)}"
+    return f"### {e.name}\n\n{e.title}.\n\n> {e.hypothesis}\n\n{table(('', ''), rows)}"
 
 
 def _params(e: Experiment) -> list[tuple[str, Any]]:
@@ -146,7 +147,7 @@ def _suites(suites: list[Suite]) -> str:
             when += f", at least {show_duration(plan.min_interval)} apart"
         names = "every experiment of the library" if s.everything else ", ".join(f"`{n}`" for n in s.experiments)
         rows.append((f"`{s.name}`", s.title, names, when))
-    return _table(("suite", "what for", "experiments", "when"), rows)
+    return table(("suite", "what for", "experiments", "when"), rows)
 
 
 def _faults(environment: Environment) -> str:
@@ -164,13 +165,13 @@ def _faults(environment: Environment) -> str:
                 environment.backend_for(kind) or "–",
             )
         )
-    return _table(("fault", "what it does", "parameters", "sandbox backend"), rows)
+    return table(("fault", "what it does", "parameters", "sandbox backend"), rows)
 
 
 def _environment(environment: Environment) -> str:
     targets = [(f"`{n}`", f"`{t.select}`", t.describe) for n, t in environment.targets.items()]
     slis = [(f"`{n}`", _source(s), s.shown_unit or "plain number") for n, s in environment.slis.items()]
-    return _table(("target", "selects", "what it is"), targets) + "\n" + _table(("SLI", "source", "unit"), slis)
+    return table(("target", "selects", "what it is"), targets) + "\n" + table(("SLI", "source", "unit"), slis)
 
 
 def _source(sli: Sli) -> str:
