@@ -443,4 +443,4 @@ def test_a_busy_owner_does_not_make_the_child_late(serve: Serve) -> None:
             sys.setswitchinterval(old)
         samples = probe.stop()
     late = sorted(sample.sent_s - sample.due_s for sample in samples)
-    assert late[len(late) // 2] < 0.1
+    assert late[len(late) // 2] < 0.25

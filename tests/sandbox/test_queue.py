@@ -59,7 +59,6 @@ def test_what_was_accepted_is_done_though_the_queue_and_a_worker_die(jobs: Platf
 
 
 def test_load_above_capacity_is_refused_seen_bounded_and_gone(jobs: Platform) -> None:
-    before = eventually(lambda: jobs.client.signals().get("jobs_lost", -1) + 1) - 1  # a queue that came up just now
     lease = jobs.inject("queue_overflow", "queue", rate_per_s=200)
     eventually(lambda: jobs.client.faults()[0]["effective"])
     eventually(lambda: jobs.client.signals()["jobs_rejected_rate"] > 20)
@@ -71,7 +70,7 @@ def test_load_above_capacity_is_refused_seen_bounded_and_gone(jobs: Platform) ->
     assert not submitter.is_running() and jobs.client.faults() == []
     eventually(lambda: jobs.client.signals()["backlog"] < 5)
     batch = json.load(urllib.request.urlopen(f"{jobs.process('batch-client')['url']}/state", timeout=20))
-    assert batch["lost"] == 0 and before == 0
+    assert batch["lost"] == 0 and eventually(lambda: jobs.client.signals()["jobs_lost"] == batch["dropped"])
     # What waited for 5 s is dropped, as promised: on a machine where 60 jobs take that long.
     assert batch["dropped"] == 0 or (batch["wait_p95_s"] or 9.0) > 2.0, batch
 
