@@ -50,12 +50,12 @@ RUNNER: dict[str, dict[str, str]] = {
 SWEEPER: dict[str, dict[str, str]] = {
     "cluster": {
         "namespaces": "get",  # kube/client.py, identity and _gone_around
-        "nodes": "get patch",  # faults/network.py, _node_answers; faults/nodes.py, recover
+        "nodes": "get patch",  # faults/network_agent.py, _answers; faults/nodes.py, recover
         "namespaces pods": "list",  # faults/drain.py: nodes read back
     },
     "target": {
         "pods": "get list watch patch delete",  # agents.py waits with a watch; pod_failure may delete
-        "pods/ephemeralcontainers": "patch",  # faults/network.py, _clean_after; faults/model_file.py, _helper
+        "pods/ephemeralcontainers": "patch",  # faults/network_agent.py, _clean_after; faults/model_file.py, _helper
         "pods/exec": "get create",
         "secrets": "get patch",  # faults/rotation.py, recover
         "deployments.apps statefulsets.apps": "get patch",  # faults/scale.py, recover

@@ -7,7 +7,7 @@ from mlchaos_dagster.drivers.kubernetes.acting import ActingDriver
 from mlchaos_dagster.drivers.kubernetes.faults import PLACES, handler
 from mlchaos_dagster.kube.client import NAME, Site
 
-_SELF_LIMITING = frozenset(
+_SELF_LIMITING = frozenset(  # as the handlers say it, held by a test: to ask them would import them all
     {
         "cpu_stress",
         "memory_stress",

@@ -1,8 +1,8 @@
-"""`pod_failure`: pods stay where they are, but nothing runs in them until the window ends.
+"""`pod_failure`: pods stay where they are, but none of their containers runs until the window ends.
 
 The images of the pod's containers are swapped for a name that no registry can have (upper case). The kubelet ends the
 containers because their image changed, then refuses the name without asking anybody: no pull, no image that would have
-to be on the node, no process at all, whatever the app's command and pull policy are. Put back, the app starts at once,
+to be on the node, no process of the app, whatever the app's command and pull policy are. Put back, the app starts at once,
 since the kubelet counts restarts per image. (Chaos Mesh's pause image costs a second restart, needs the image on every
 node, and runs into the back-off where the app's command is not in it. A stopped process would hang, not fail, and a
 liveness probe would end the fault. Deleted pods are replaced within seconds: that is `pod_delete`.)
@@ -10,6 +10,8 @@ liveness probe would end the fault. Deleted pods are replaced within seconds: th
 A container that restarted before within ten minutes is started later, after the kubelet's back-off of 10 s, 20 s, 40 s …
 since it ended. What is left of that when the fault is taken away would be our harm, not the platform's: the pod is then
 handed to its controller, which brings a new one.
+
+Native sidecars (init containers with `restartPolicy: Always`), such as a mesh's proxy, run on: it is the app that is down.
 
 The kubelet ends containers as it always does: SIGTERM first. One that ignores it serves on for the pod's own grace
 period, and so long the fault is not effective; `container_kill` and `pod_delete` are abrupt.
@@ -47,7 +49,7 @@ _WORTH_WAITING_S = 3.0
 
 
 class PodFailure:
-    """Nothing runs in the frozen pods until recovery."""
+    """No container of the frozen pods runs until recovery, but for native sidecars."""
 
     kinds = frozenset({"pod"})
     self_limiting = False
@@ -121,7 +123,10 @@ class PodFailure:
             step(0, 0)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
-        """Effective: in every frozen pod that is left nothing runs and it is not ready. A replacement is nobody's target."""
+        """Effective: of every frozen pod that is left no container runs, native sidecars apart, and it is not ready.
+
+        A replacement is nobody's target.
+        """
         held: list[bool] = []
         lines: list[str] = []
         down: list[bool] = []
@@ -132,13 +137,19 @@ class PodFailure:
                 lines.append(f"{ref.shown} {gone}, and the fault with it; what replaced it is untouched")
                 continue
             held.append(_ours(found, injection.lease.id))
-            running = [text(s, "name") for s in items(found, "status", "containerStatuses") if "running" in _state(s)]
+            running = _running(found, "containerStatuses")
             down.append(held[-1] and not running and not is_ready(found))
             said = "held down" if held[-1] else "has its own images"
-            still = "nothing runs" if held[-1] else "its kubelet is about to start it"
+            beside = _running(found, "initContainerStatuses")
+            nothing = f"nothing runs but {', '.join(beside)} beside it" if beside else "nothing runs"
+            still = nothing if held[-1] else "its kubelet is about to start it"
             runs = f"{', '.join(running)} runs" if running else still
             lines.append(f"{ref.shown} {said}, {runs}, {_ready_word(found)}")
         return Evidence(present=any(held), effective=bool(down) and all(down), lines=tuple(lines))
+
+
+def _running(pod: Object, which: str) -> list[str]:
+    return [text(s, "name") for s in items(pod, "status", which) if "running" in _state(s)]
 
 
 def _missed(ref: Ref, why: str, lease_id: str) -> InjectFailed:
