@@ -478,7 +478,7 @@ class Environment(Model):
 
     @model_validator(mode="after")
     def _coherent(self) -> Environment:
-        served: dict[str, str] = {}
+        served: dict[str, list[str]] = {}
         if self.kubernetes is None and (there := [b for b in ON_CLUSTERS if b in self.backends]):
             raise ValueError(f"backends: {there[0]} needs kubernetes: {{context: …, namespace: …}}")
         if self.prefer is not None and self.prefer not in self.backends:
@@ -496,12 +496,13 @@ class Environment(Model):
                 raise ValueError(f"kubernetes.metrics[{i}].signals: {unknown[0]} is not among signals")
         for backend, kinds in self.backends.items():
             for kind in kinds:
-                if kind in served and self.prefer not in (backend, served[kind]):
-                    raise ValueError(
-                        f"backends: {kind} is served by both {served[kind]} and {backend}. Allowed: one of them, or prefer: "
-                        f"{backend}"
-                    )
-                served[kind] = backend
+                served.setdefault(kind, []).append(backend)
+        for kind, several in served.items():
+            if len(several) > 1 and self.prefer not in several:
+                both = f"{', '.join(several[:-1])} and {several[-1]}"
+                raise ValueError(
+                    f"backends: {kind} is served by both {both}. Allowed: one of them, or prefer: {several[-1]}"
+                )
         for name, sli in self.slis.items():
             if sli.query and self.prometheus is None:
                 raise ValueError(f"slis.{name}: a query needs prometheus: {{url: …}}")

@@ -36,6 +36,18 @@ def test_one_run_through_another_backend_moves_its_faults_and_no_others(sandbox:
     assert moved.backend_for("pod_delete") == "sandbox"
 
 
+@pytest.mark.req("R1-06")
+def test_one_line_says_which_of_three_backends_serves_what_they_share(sandbox: Environment) -> None:
+    text = sandbox.model_dump(mode="json", by_alias=True)
+    shared = {"backends": {"a": ["pod_failure"], "b": ["pod_failure"], "c": ["pod_failure", "pod_delete"]}}
+    one = Environment.model_validate({**text, **shared, "prefer": "a"})
+    assert (one.backend_for("pod_failure"), one.backend_for("pod_delete")) == ("a", "c")
+    with pytest.raises(
+        ValueError, match="pod_failure is served by both a, b and c. Allowed: one of them, or prefer: c"
+    ):
+        Environment.model_validate({**text, **shared})
+
+
 WRONG = [
     ("sli: latency_p95", "sli: latency_p9", 'f.yaml:13:11  steady_state[1].sli: no such SLI "latency_p9". Did you mean "latency_p99"? Allowed in sandbox: availability, '),
     ("sli: error_rate", "sli: zebra", 'f.yaml:17:15  abort[0].sli: no such SLI "zebra". Allowed in sandbox: '),
