@@ -480,8 +480,11 @@ class Experiment(threading.Thread):
         status: dict[str, Any] = {"phase": phase, "verdict": verdict, "probeSuccessPercentage": share}
         if error:
             status["errorOutput"] = error
+        body: dict[str, Any] = {"status": {"experimentStatus": status, "probeStatuses": probes}}
+        if phase == "Stopped":  # its labels are not derived from the pod any more: only this one stays
+            body["metadata"] = {"labels": {**dict.fromkeys(now["metadata"]["labels"]), UID: self.uid}}
         try:
-            self.cluster.patch(self._path(), {"status": {"experimentStatus": status, "probeStatuses": probes}})
+            self.cluster.patch(self._path(), body)
         except NotFound:
             pass
 

@@ -150,11 +150,7 @@ def _parts(site: Site, request: Request, where: str) -> Iterator[Objection]:
     name, account = faults.experiment_of(request.kind, request.params), account_of(site.options.litmus, request)
     experiment = site.cluster.get(f"{engine.collection(where, 'chaosexperiments')}/{name}")
     if experiment is None:
-        ours = name in faults.EXPERIMENTS.values()
-        command = (
-            f"kubectl apply -n {where} {'-k manifests/litmus/faults' if ours else f'-f {_OTHERS.format(name=name)}'}"
-        )
-        yield Objection(f"there is no ChaosExperiment {name} in namespace {where}", command)
+        yield Objection(f"there is no ChaosExperiment {name} in namespace {where}", _brings(where, name))
     if site.cluster.get(f"/api/v1/namespaces/{where}/serviceaccounts/{account}") is None:
         yield Objection(
             f"there is no service account {account} in namespace {where}",
@@ -169,6 +165,14 @@ def _parts(site: Site, request: Request, where: str) -> Iterator[Objection]:
             f"pod security {space[_LEVEL]} of namespace {where} refuses the privileged helpers of {name}",
             f"kubectl label namespace {where} {_LEVEL}=privileged --overwrite; or kubernetes.litmus.namespace: another",
         )
+
+
+def _brings(where: str, experiment: str) -> str:
+    if experiment in faults.EXPERIMENTS.values():
+        return f"kubectl apply -n {where} -k manifests/litmus/faults"
+    if experiment.startswith(("pod-", "node-", "container-", "disk-", "kubelet-", "docker-")):
+        return f"kubectl apply -n {where} -f {_OTHERS.format(name=experiment)}"
+    return f"kubectl apply -n {where} -f fault.yaml, with the fault.yaml of {experiment} from litmuschaos/chaos-charts"
 
 
 def _rights(site: Site, request: Request, experiment: Object, where: str, account: str) -> Iterator[Objection]:

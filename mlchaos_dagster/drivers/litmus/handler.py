@@ -16,12 +16,12 @@ from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import network_links
 from mlchaos_dagster.drivers.kubernetes.faults.network_policy import LABEL
 from mlchaos_dagster.drivers.litmus import engine, faults, guards, recovery, sights, states, tracks
-from mlchaos_dagster.drivers.litmus.eyes import Eyes, Told
+from mlchaos_dagster.drivers.litmus.eyes import Eyes, Sight, Told
 from mlchaos_dagster.drivers.litmus.recovery import NAME
 from mlchaos_dagster.drivers.litmus.selection import select
 from mlchaos_dagster.drivers.litmus.tracks import Place, Tracks
 from mlchaos_dagster.engine.ports import Objection, Step
-from mlchaos_dagster.errors import DriverError, InjectFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, InjectFailed
 from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import ApiRefused, Conflict, NotFound, Permission, Site
 from mlchaos_dagster.kube.objects import Object, text
@@ -180,7 +180,10 @@ class LitmusFault:
             found = tracks.find(site, place)
             state = states.of(found)
             if self._told(found, plan, names):
-                sight = eyes.look(site, injection, found)
+                try:
+                    sight = eyes.look(site, injection, found)
+                except DriverUnavailable as e:  # a target may be hard to ask under its fault; there is time
+                    sight = Sight(False, lines=(str(e),))
                 if sight.effective:
                     return
                 said = "; ".join(sight.lines)

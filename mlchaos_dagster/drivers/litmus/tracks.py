@@ -76,7 +76,9 @@ def find(site: Site, place: Place) -> Tracks:
     if text(engine, "metadata", "labels", LEASE) != place.lease_id:
         engine = None
     uid = text(engine, "metadata", "uid")
-    results = _of(site, collection(place.namespace, "chaosresults"), place, uid)
+    # An aborted experiment takes all labels off its result but the engine's uid.
+    everyone = site.cluster.list(collection(place.namespace, "chaosresults"))
+    results = [r for r in everyone if text(r, "spec", "engine") == place.name]
     uid = uid or next((text(r, "metadata", "labels", UID) for r in results), "")
     before = _of(site, of_kube("pod", place.namespace), place, uid)
     jobs = _of(site, of_kube("job", place.namespace), place, uid)
