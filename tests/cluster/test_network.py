@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes, Target
+from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.drivers.kubernetes.driver import KubernetesDriver
 from mlchaos_dagster.engine.ports import Lease
@@ -97,6 +98,31 @@ def now(namespace: str, pod: str) -> dict[str, Any]:
     return json.loads(kubectl("get", "pod", "-n", namespace, pod, "-o", "json"))
 
 
+def told(driver: KubernetesDriver, lease: Lease) -> Evidence:
+    """What the pods say; asked again where one does not answer in time, as the engine does."""
+
+    def ask() -> Evidence | None:
+        try:
+            return driver.active(lease)
+        except DriverUnavailable:
+            return None
+
+    return eventually(ask, 60)
+
+
+def recover(driver: KubernetesDriver, lease: Lease) -> None:
+    """Until it is done, as the engine does."""
+
+    def done() -> bool:
+        try:
+            driver.recover(lease)
+        except (DriverUnavailable, RecoverFailed):
+            return False
+        return True
+
+    eventually(done, 90)
+
+
 @pytest.mark.req("R2-03", "R1-02")
 def test_latency_on_a_link_is_what_was_asked_for(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
     lease = faulting.lease("network_latency", LINK, latency_s=0.5, jitter_s=0.1)
@@ -108,16 +134,16 @@ def test_latency_on_a_link_is_what_was_asked_for(client: Client, faulting: Fault
     assert len(values) == 24 and values[0] >= 0.39 and values[-1] - values[0] > 0.02, during
     # A busy machine adds to some of them; the rest tells what was asked for.
     assert 0.42 <= statistics.median(values[:12]) <= 0.6, during
-    evidence = driver.active(lease)
+    evidence = told(driver, lease)
     assert evidence.present and evidence.effective and "answered after" in evidence.lines[0], evidence
     assert "MLCHAOS-" in client.rules(agents.name_of(lease))
     assert client.connects(2, pods(client.namespace, "app=client")[0]["status"]["podIP"], 8080)[0]  # its own loopback
     start = time.monotonic()
-    driver.recover(lease)
+    recover(driver, lease)
     recovered = time.monotonic() - start
     client.soon_connects(0.2)
     assert "MLCHAOS-" not in client.rules(agents.name_of(lease))
-    evidence = driver.active(lease)
+    evidence = told(driver, lease)
     assert not evidence.present and "read from the pod's netfilter" in evidence.lines[0], evidence
     print(f"\ninject {injected:.2f} s, recover {recovered:.2f} s, mean {statistics.mean(values):.4f}")
 
@@ -167,18 +193,18 @@ def test_partition_cuts_what_stands_and_ends_at_its_deadline_though_the_run_is_k
     assert process.communicate()[0] == "done\n" and process.returncode == -signal.SIGKILL
     began = time.monotonic()
     assert client.connects(1) == [None]
-    evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 6)
+    evidence = eventually(lambda: e if (e := told(driver, lease)).effective else None)
     assert "no connection from" in evidence.lines[0], evidence
     assert kept.communicate("\n", timeout=20)[0] == "TimeoutError\n"
     assert client.connects(1, "10.96.0.10", 53)[0] is not None  # another link: untouched
     assert ready(now(client.namespace, client.pod))
-    eventually(lambda: client.connects(1)[0] is not None, 25)
-    assert 9 <= time.monotonic() - began <= 18
-    evidence = driver.active(lease)
+    eventually(lambda: client.connects(1)[0] is not None, 60)
+    assert 9 <= time.monotonic() - began <= 40
+    evidence = told(driver, lease)
     assert not evidence.present and "deadline" in evidence.lines[0], evidence
     eventually(lambda: ended(now(client.namespace, client.pod), agents.name_of(lease)))
-    assert not driver.active(lease).present  # from its last words
-    driver.recover(lease)
+    assert not told(driver, lease).present  # from its last words
+    recover(driver, lease)
     assert LEASE not in now(client.namespace, client.pod)["metadata"].get("annotations", {})
     assert "MLCHAOS" not in observed(client.namespace, client.pod)
 
@@ -187,13 +213,13 @@ def test_partition_cuts_what_stands_and_ends_at_its_deadline_though_the_run_is_k
 def test_loss_loses_that_fraction(client: Client, faulting: Faulting, driver: KubernetesDriver) -> None:
     lease = faulting.lease("network_loss", LINK, fraction=0.2)
     driver.inject(lease)
-    evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 5)
+    evidence = eventually(lambda: e if (e := told(driver, lease)).effective else None)
     assert "packets that came in were lost" in evidence.lines[-2], evidence
     with ThreadPoolExecutor(4) as few:
         tries = [t for batch in few.map(lambda _: client.connects(30), range(4)) for t in batch]
     slow = sum(t is None or t > 0.9 for t in tries) / len(tries)  # a lost SYN-ACK comes again after a second
     assert 0.06 <= slow <= 0.36, tries
-    driver.recover(lease)
+    recover(driver, lease)
     after = client.connects(30)
     assert all(t is not None and t < 0.9 for t in after), after
 
@@ -211,13 +237,13 @@ def test_an_agent_that_is_killed_takes_its_fault_along(
     name = agents.name_of(lease)
     kill = "import os; os.kill(-1, 9)"
     kubectl("exec", "-n", client.namespace, client.pod, "-c", name, "--", "python3", "-c", kill, check=False)
-    eventually(lambda: (client.connects(1)[0] or 9) < 0.5, 2 if kind == "network_latency" else 8)
+    eventually(lambda: (client.connects(1)[0] or 9) < 0.5, 20)
     assert "MLCHAOS" in observed(client.namespace, client.pod)  # inert, and still to be removed
-    evidence = driver.active(lease)
+    evidence = told(driver, lease)
     assert evidence.present and not evidence.effective and "died" in evidence.lines[0], evidence
     process = elsewhere("recover", lease, options)
     assert process.communicate()[0] == "done\n"
-    evidence = driver.active(lease)
+    evidence = told(driver, lease)
     assert not evidence.present and f"{name}-c1" in evidence.lines[0], evidence
     assert "MLCHAOS" not in observed(client.namespace, client.pod)
     with pytest.raises(InjectFailed, match="recovered"):
@@ -238,9 +264,9 @@ def test_killed_between_the_patch_and_the_start_leaves_no_effect(
     eventually(patched, every=0.01)
     process.kill()
     assert process.communicate()[0] == ""
-    driver.recover(lease)
+    recover(driver, lease)
     assert client.connects(1)[0] is not None
-    assert not driver.active(lease).present
+    assert not told(driver, lease).present
     assert "MLCHAOS" not in client.rules(name)
     with pytest.raises(InjectFailed, match="recovered"):
         driver.inject(lease)
@@ -261,7 +287,7 @@ def test_who_stops_in_the_middle_of_inject_does_not_wait_for_the_agent(
 
     with pytest.raises(Halted):
         driver.inject(lease, step)
-        driver.active(lease)  # on a quick machine it was made before: then the stop comes now
+        told(driver, lease)  # on a quick machine it was made before: then the stop comes now
         raise Halted("made already")
     said = time.monotonic()
     eventually(lambda: _clean(driver, lease), 30)
@@ -301,7 +327,7 @@ def test_a_recovery_in_the_middle_of_inject_shuts_it_out(
     pod = now(client.namespace, client.pod)
     assert len(looks) == 2 and not pod["spec"].get("ephemeralContainers")
     assert not [k for k in pod["metadata"].get("annotations", {}) if "mlchaos" in k]
-    assert not driver.active(lease).present
+    assert not told(driver, lease).present
 
 
 @pytest.mark.req("RX-01")
@@ -311,11 +337,11 @@ def test_pods_that_are_replaced(client: Client, faulting: Faulting, driver: Kube
     kubectl("delete", "pod", "-n", client.namespace, "-l", "app=web", "--wait=true")
     kubectl("rollout", "status", "-n", client.namespace, "deployment/web", "--timeout=60s")
     assert client.connects(1) == [None]  # the Service's address is cut, whoever is behind it
-    evidence = driver.active(lease)
+    evidence = told(driver, lease)
     assert evidence.effective and "is hit through web only" in evidence.lines[-1], evidence
     kubectl("delete", "pod", "-n", client.namespace, client.pod, "--wait=true")
-    driver.recover(lease)
-    evidence = driver.active(lease)
+    recover(driver, lease)
+    evidence = told(driver, lease)
     assert not evidence.present and "is gone" in evidence.lines[0], evidence
 
 
@@ -326,9 +352,9 @@ def test_names_do_not_resolve(client: Client, faulting: Faulting, driver: Kubern
     driver.inject(lease)
     assert client.run("python3", "-c", asked) == "no\n"
     assert client.connects(1)[0] is not None
-    evidence = eventually(lambda: e if (e := driver.active(lease)).effective else None, 5)
+    evidence = eventually(lambda: e if (e := told(driver, lease)).effective else None)
     assert "no answer from the name server" in evidence.lines[0], evidence
-    driver.recover(lease)
+    recover(driver, lease)
     assert client.run("python3", "-c", asked) == "yes\n"
 
 
@@ -340,21 +366,21 @@ def test_a_whole_pod_is_slow_or_cut_off_and_its_node_still_reaches_it(
     driver.inject(slow)
     values = [t for t in client.connects(4) if t is not None]
     assert len(values) == 4 and min(values) >= 1.98 and min(values) <= 2.5, values
-    evidence = eventually(lambda: e if (e := driver.active(slow)).effective else None, 6)
+    evidence = eventually(lambda: e if (e := told(driver, slow)).effective else None)
     assert len([line for line in evidence.lines if "the name server" in line]) == 2, evidence  # in both pods
     assert all(
         ready(p) and not p["status"]["containerStatuses"][0]["restartCount"] for p in pods(client.namespace, "app=web")
     )
-    driver.recover(slow)
+    recover(driver, slow)
     off = faulting.lease("network_isolation", "app=web")
     driver.inject(off)
     assert client.connects(1) == [None]
-    eventually(lambda: driver.active(off).effective, 6)
+    eventually(lambda: told(driver, off).effective)
     time.sleep(3)  # three rounds of the kubelet's readiness probe
     assert all(ready(p) for p in pods(client.namespace, "app=web"))
-    driver.recover(off)
+    recover(driver, off)
     assert client.connects(1)[0] is not None
-    assert not driver.active(off).present
+    assert not told(driver, off).present
 
 
 @pytest.mark.req("R1-03")
@@ -372,17 +398,17 @@ def test_a_policy_cuts_where_pod_security_keeps_the_agent_out(
     for kind, select in (("network_partition", LINK), ("network_isolation", "app=client")):
         lease = faulting.lease(kind, select)
         by_policy.inject(lease)
-        eventually(lambda: client.connects(1) == [None], 5)
+        eventually(lambda: client.connects(1) == [None])
         assert (client.connects(1, "10.96.0.10", 53)[0] is not None) == (kind == "network_partition")
-        evidence = eventually(lambda held=lease: e if (e := by_policy.active(held)).effective else None, 6)
+        evidence = eventually(lambda held=lease: e if (e := told(by_policy, held)).effective else None)
         assert "stands, 1 pods labelled" in evidence.lines[0], evidence
         with pytest.raises(AssertionError, match="policies only add permissions"):
             faulting.lease(kind, select)
-        by_policy.recover(lease)
+        recover(by_policy, lease)
         assert not objects("networkpolicies", client.namespace)
         assert "mlchaos.dev/fault" not in now(client.namespace, client.pod)["metadata"]["labels"]
         assert client.connects(1)[0] is not None
-        assert not by_policy.active(lease).present
+        assert not told(by_policy, lease).present
 
 
 def test_pods_in_the_nodes_network_are_refused(namespace: str, driver: KubernetesDriver) -> None:
@@ -412,6 +438,6 @@ def test_an_agent_whose_image_is_missing_fails_at_once_and_recovers(
     with pytest.raises(InjectFailed, match="local/missing:1.*does not start"):
         driver.inject(lease)
     assert time.monotonic() - start < 30
-    driver.recover(lease)
-    evidence = driver.active(lease)
+    recover(driver, lease)
+    evidence = told(driver, lease)
     assert not evidence.present and "never ran" in evidence.lines[0], evidence
