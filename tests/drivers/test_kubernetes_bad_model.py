@@ -10,16 +10,18 @@ import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
-from mlchaos_dagster.drivers.kubernetes.faults import handler
+from mlchaos_dagster.drivers.kubernetes.faults import bad_model, handler
 from mlchaos_dagster.engine.ports import no_step
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import Cluster, Site
 from mlchaos_dagster.kube.refs import Ref
+from mlchaos_dagster.kube.rollouts import HASH
 from tests.kube.fake_api import Api, Crash
 from tests.kube.test_leases import a_lease
 
 Object = dict[str, Any]
 ROLLOUT, SETS = "/apis/argoproj.io/v1alpha1/namespaces/ml/rollouts/web", "/apis/apps/v1/namespaces/ml/replicasets"
+PODS = "/api/v1/namespaces/ml/pods"
 REF = Ref("rollout", "ml", "web", "uid-web")
 WHERE = KubernetesObjects(kind="Rollout", version_variable="MODEL_VERSION", bad_version="v2")
 
@@ -33,8 +35,17 @@ def containers(version: str) -> list[Object]:
 def replica_set(name: str, version: str, there: int) -> Object:
     meta = {"name": name, "namespace": "ml", "uid": name, "resourceVersion": "1", "annotations": {}}
     spec = {"template": {"spec": {"containers": containers(version)}}}
-    owned = {**meta, "ownerReferences": [{"uid": "uid-web", "controller": True}]}
+    owned = {**meta, "labels": {HASH: name}, "ownerReferences": [{"uid": "uid-web", "controller": True}]}
     return {"metadata": owned, "spec": spec, "status": {"replicas": there, "readyReplicas": there}}
+
+
+def pod(name: str, of: str, *, going: bool = False) -> Object:
+    meta: Object = {"name": name, "uid": name, "labels": {HASH: of}}
+    meta["ownerReferences"] = [{"uid": of, "controller": True}]
+    if going:
+        meta["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    ready = [{"type": "Ready", "status": "False" if going else "True"}]
+    return {"metadata": meta, "status": {"phase": "Running", "conditions": ready}}
 
 
 def server(version: str = "v1", bad: int = 0) -> Api:
@@ -69,6 +80,12 @@ def request(where: KubernetesObjects = WHERE.model_copy(update={"container": "mo
 def injection(api: Api) -> Injection:
     lease = replace(a_lease("mlchaos-a", str(REF), ledger="nowhere"), kind="bad_model")
     return Injection(lease, (REF,), handler("bad_model").undo(site(api), request(), no_step))
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks follow each other at once."""
+    monkeypatch.setattr(bad_model, "_LOOK_S", 0.0)
 
 
 def template(api: Api) -> Object:
@@ -118,19 +135,35 @@ def test_what_others_ship_stays_and_what_they_change_beside_it_too() -> None:
 
 
 def test_pods_that_outlive_their_template_are_no_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlchaos_dagster.drivers.kubernetes.faults import bad_model
-
     monkeypatch.setattr(bad_model, "_GONE_S", 0.0)
     fault, api = handler("bad_model"), server()
     one = injection(api)
     fault.inject(site(api), one, no_step)
-    api.objects[f"{SETS}/web-b"] = replica_set("web-b", "v2", 1)
+    api.objects[f"{PODS}/a"], api.objects[f"{PODS}/b"] = pod("a", "web-a"), pod("b", "web-b")
     assert fault.active(site(api), one).effective
     fault.recover(site(api), one, no_step)
     found = fault.active(site(api), one)
-    assert found.present and not found.effective and "1 ready pods of v2" in found.lines[0]
-    api.objects[f"{SETS}/web-b"] = replica_set("web-b", "v2", 0)
+    assert found.present and not found.effective and "1 of 1 pods of v2 ready" in found.lines[0]
+    api.objects[f"{PODS}/b"] = pod("b", "web-b", going=True)
+    assert fault.active(site(api), one).present, "who is connected to it is still answered"
+    del api.objects[f"{PODS}/b"]
     assert not fault.active(site(api), one).present
+
+
+def test_marks_that_the_controller_spreads_late_are_taken_away_too() -> None:
+    """It goes on from what it read: the first look after recovery finds nothing, the second one does."""
+    fault, api = handler("bad_model"), server()
+    one = injection(api)
+    fault.inject(site(api), one, no_step)
+    spread = {"mlchaos.dev/lease": "mlchaos-a"}
+    looks = iter(range(100))
+
+    def step(done: int, total: int) -> None:
+        if next(looks) == 2:
+            api.objects[f"{SETS}/web-b"]["metadata"]["annotations"] |= spread
+
+    fault.recover(site(api), one, step)
+    assert api.objects[f"{SETS}/web-b"]["metadata"]["annotations"] == {}
 
 
 def test_a_lease_that_has_lost_its_content_is_mended_from_the_object() -> None:

@@ -19,20 +19,23 @@ from typing import Any
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.preflight import is_ready
 from mlchaos_dagster.drivers.kubernetes.faults.scale import copies, unmark
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError, InjectFailed
 from mlchaos_dagster.kube import rollouts
 from mlchaos_dagster.kube.client import NAME, Permission, Site
 from mlchaos_dagster.kube.labels import LEASE
-from mlchaos_dagster.kube.objects import Object, items, mapping, part, text
-from mlchaos_dagster.kube.refs import Ref
+from mlchaos_dagster.kube.objects import Object, items, mapping, text
+from mlchaos_dagster.kube.refs import Ref, collection
 from mlchaos_dagster.kube.selecting import is_there
 
 _MANAGER = "mlchaos"
 _GONE_S = 30.0
-"""How long `recover` waits for the bad version's pods: their own grace, and a controller's round."""
+"""How long `recover` waits for the bad version's pods: their own grace, and a controller's rounds."""
 _LOOK_S = 0.25
+_CALM = 3
+"""So many looks in a row must find nothing."""
 
 
 class BadModel:
@@ -42,10 +45,11 @@ class BadModel:
     self_limiting = False
 
     def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
-        """Read and patch the Rollouts; read their ReplicaSets, and patch those to which annotations spread."""
+        """Read and patch the Rollouts; read their ReplicaSets and pods, and patch those to which annotations spread."""
         for namespace in sorted({ref.namespace for ref in request.refs}):
             yield from (Permission(verb, "rollouts", namespace, rollouts.GROUP) for verb in ("get", "patch"))
             yield from (Permission(verb, "replicasets", namespace, "apps") for verb in ("list", "patch"))
+            yield Permission("list", "pods", namespace)
 
     def objections(self, site: Site, request: Request) -> Iterator[Objection]:
         """A Rollout that is not at rest, or where the version is not said as the target tells."""
@@ -129,11 +133,11 @@ class BadModel:
                 found = frozen.read(site, ref)  # what came in just before is seen now
             if found is not None and frozen.marked_by(found) == lease.id:
                 frozen.change(site, ref, lambda now, ref=ref: _restore(site, ref, now, lease.id))
-            for copy in copies(site, ref, lease.id):
-                unmark(site, copy)
             step(0, 0)
-        end = time.monotonic() + _GONE_S
-        while any(self._served(site, injection, ref) for ref in injection.refs) and time.monotonic() < end:
+        end, calm = time.monotonic() + _GONE_S, 0
+        while calm < _CALM and time.monotonic() < end:
+            left = [ref for ref in injection.refs if self._unsettled(site, injection, ref)]
+            calm = 0 if left else calm + 1
             step(0, 0)
             time.sleep(_LOOK_S)  # until its own controller is through; a watch would be one more permission
 
@@ -148,38 +152,56 @@ class BadModel:
             known: dict[str, str] = _known(injection, ref, found)
             ours = frozen.marked_by(found) == injection.lease.id
             now = _value(_container(found, known.get("container", "")), known.get("variable", ""))
-            shipped = ours and now == known.get("bad")
+            shipped = ours and _serves(found, known)
             ready, there = self._pods(site, ref, known)
             copied = any(copies(site, ref, injection.lease.id))
-            outlives = there > 0 and now != known.get("bad")  # a canary whose template is gone
+            outlives = there > 0 and not _serves(found, known)  # a canary whose template is gone
             present = present or ours or outlives or copied
             effective.append(shipped and ready > 0)
             said = "shipped by us" if shipped else "as before" if now == known.get("before") else "set by others since"
             lines.append(
-                f"{ref.shown}: {known.get('variable')} is {now} ({said}), {ready} ready pods of {known.get('bad')}, "
+                f"{ref.shown}: {known.get('variable')} is {now} ({said}), {ready} of {there} pods of {known.get('bad')} ready, "
                 f"{rollouts.shown_phase(found)}, stable {text(found, 'status', 'stableRS')} (before: {known.get('stable', '')})"
                 + (", marks on its ReplicaSets" if copied and not ours else "")
             )
         return Evidence(present=present, effective=bool(effective) and all(effective), lines=tuple(lines))
 
-    def _served(self, site: Site, injection: Injection, ref: Ref) -> bool:
-        """Whether pods of the bad version are there though its template is gone."""
+    def _unsettled(self, site: Site, injection: Injection, ref: Ref) -> bool:
+        """Whether something may still come, or has to go. Marks that the Rollouts controller has spread are taken away.
+
+        It goes on from what it read before: only when it has observed the present spec, it copies our marks no more.
+        """
         found = frozen.read(site, ref)
+        if found is None:
+            return False
+        spread = list(copies(site, ref, injection.lease.id))
+        for one in spread:
+            unmark(site, one)
         known = _known(injection, ref, found)
-        if found is None or _value(
-            _container(found, known.get("container", "")), known.get("variable", "")
-        ) == known.get("bad"):
-            return False  # gone; or somebody else ships that very version: it is theirs
-        return self._pods(site, ref, known)[1] > 0
+        if _serves(found, known):
+            return bool(spread)  # somebody else ships that very version: it is theirs
+        return bool(spread) or not rollouts.is_observed(found) or self._pods(site, ref, known)[1] > 0
 
     def _pods(self, site: Site, ref: Ref, known: dict[str, str]) -> tuple[int, int]:
-        """(ready, all) pods of the ReplicaSets that serve the bad version."""
+        """(ready, all) pods of the bad version. One that is being deleted still answers who is connected: it counts."""
         ready = there = 0
         for one in rollouts.replica_sets(site, ref):
-            if known and _value(_container(one, known["container"]), known["variable"]) == known["bad"]:
-                ready += int(part(one, "status", "readyReplicas") or 0)
-                there += int(part(one, "status", "replicas") or 0)
+            if not known or not _serves(one, known):
+                continue
+            made_of = text(one, "metadata", "labels", rollouts.HASH)
+            for pod in site.cluster.list(collection("pod", ref.namespace), labels=f"{rollouts.HASH}={made_of}"):
+                if frozen.controller(pod).get("uid") != one["metadata"]["uid"]:
+                    continue
+                ready, there = (
+                    ready + is_ready(pod),
+                    there + (text(pod, "status", "phase") not in ("Succeeded", "Failed")),
+                )
         return ready, there
+
+
+def _serves(found: Object, known: dict[str, str]) -> bool:
+    """Whether a template, of a Rollout or a ReplicaSet, is of the bad version."""
+    return bool(known) and _value(_container(found, known["container"]), known["variable"]) == known["bad"]
 
 
 def _container(found: Object, name: str) -> Object:
