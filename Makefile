@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The end-to-end tests mostly wait; more workers than cores would make their probes late.
 WORKERS ?= 2
+# Tests on a cluster wait for it most of the time.
+CLUSTER_WORKERS ?= 3
 # What fails is told briefly, and not more than one can read. A test that takes this long hangs.
 PYTEST := $(BIN)/python -m pytest -q --tb=short --maxfail 25 --durations 8 --durations-min 10
 
@@ -68,7 +70,7 @@ cluster: setup
 # the shipped rights there, and no others (RIGHTS=admin: those of the kubeconfig).
 test-cluster: setup
 	@[ -n "$$KUBECONFIG" ] || { echo 'set KUBECONFIG, such as: KUBECONFIG=$$($(MLCHAOS_CLUSTER)/up) make test-cluster'; exit 2; }
-	$(PYTEST) -m "cluster and not nodes" -n $(WORKERS) --dist loadfile --timeout 300 tests/cluster
+	$(PYTEST) -m "cluster and not nodes" -n $(CLUSTER_WORKERS) --timeout 300 tests/cluster
 
 # Adds, kills, cuts off and revives nodes: only where MLCHAOS_CLUSTER has a `node` command, and one at a time.
 test-nodes: setup

@@ -23,6 +23,10 @@ SHARED = {
     "sandbox with features": ("sandbox/test_features",),
     "sandbox under stress": ("sandbox/test_stress",),
     "Prometheus": ("probes/test_probe_prometheus",),
+    "platform of the cluster": ("cluster/test_platform", "cluster/test_pipeline"),
+    "Chaos Mesh": ("cluster/test_chaos_mesh", "cluster/test_clean_backends", "cluster/test_doctor_backends"),
+    "Rollouts": ("cluster/test_rollouts",),
+    "Litmus": ("cluster/test_litmus", "cluster/test_litmus_deaths"),
 }
 """What is started, and the files whose tests use it."""
 GROUP = {f"tests/{file}.py": what for what, files in SHARED.items() for file in files}
