@@ -54,8 +54,15 @@ class RegistryClient:
 
     async def current(self) -> dict[str, Any] | None:
         """What was promoted; None when nothing ever was. Raises RegistryUnavailable."""
+        return await self._if_there(CURRENT)
+
+    async def golden(self) -> dict[str, Any] | None:
+        """What any version must answer; None when nobody said so yet. Raises RegistryUnavailable."""
+        return await self._if_there(GOLDEN)
+
+    async def _if_there(self, key: str) -> dict[str, Any] | None:
         try:
-            return await self._json(CURRENT)
+            return await self._json(key)
         except RegistryUnavailable as error:
             if isinstance(error.__cause__, S3Error) and error.__cause__.status == 404:
                 return None

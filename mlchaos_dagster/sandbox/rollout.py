@@ -74,6 +74,8 @@ class Rollout:
         promoted = str(current.get("version"))
         if promoted == self.stable or promoted in self.rejected:
             return
+        if not self.golden:  # it was written before this process began
+            self.golden = await self.registry.golden() or self._agreed()
         if self.stable is None and promoted == self.first[1]["version"]:
             self._settle(promoted, self.first[1]["sha256"])
         elif not self.canary_on:
@@ -86,12 +88,17 @@ class Rollout:
     async def _begin(self) -> None:
         """Publish and promote the version that the replicas started with, and what any version must answer."""
         artifact, card = self.first
-        rows = card["golden_rows"]
-        self.golden = {"rows": rows, "scores": scores(unpack(artifact), rows), "tolerance": _TOLERANCE}
+        self.golden = self._agreed()
         await self.registry.write(GOLDEN, self.golden)
         await self.registry.publish(artifact, card)
         await self.registry.write(CURRENT, {"version": card["version"], "previous": None, "promoted_by": "rollout"})
         self._settle(card["version"], card["sha256"])
+
+    def _agreed(self) -> dict[str, Any]:
+        """What the version that the replicas started with answers."""
+        artifact, card = self.first
+        rows = card["golden_rows"]
+        return {"rows": rows, "scores": scores(unpack(artifact), rows), "tolerance": _TOLERANCE}
 
     def _settle(self, version: str, sha256: str) -> None:
         self.stable, self.canary = version, None
@@ -130,7 +137,9 @@ class Rollout:
     async def _roll_back(self, version: str, why: str) -> None:
         self.rejected[version], self.canary = why, None
         self.rollbacks += 1
-        before = {"version": self.stable, "previous": version, "promoted_by": "rollout", "because": why}
+        # Of a process that has just begun and knows no stable version, the one that the replicas started with.
+        stable = self.stable or self.first[1]["version"]
+        before = {"version": stable, "previous": version, "promoted_by": "rollout", "because": why}
         await self.registry.write(CURRENT, before)
 
     async def assignment(self, request: web.Request) -> web.Response:
