@@ -27,8 +27,9 @@ from typing import Any
 
 from mlchaos_dagster.kube.client import Cluster
 from tests.cluster import litmus_operator
-from tests.cluster.conftest import HELPER_IMAGE, kubectl, objects
+from tests.cluster.conftest import HELPER_IMAGE, eventually, kubectl, objects
 from tests.cluster.surroundings import EXPERIMENT, CommandLine, environment
+from tests.cluster.test_sweeper import heart, install
 
 WINDOW = "15s"
 """Of the run that is judged."""
@@ -111,7 +112,7 @@ def deployment(name: str, replicas: int, env: dict[str, str]) -> list[dict[str, 
 
 @contextlib.contextmanager
 def place() -> Iterator[str]:
-    """A namespace that opted in, with the service in it."""
+    """A namespace that opted in, with the service and a sweeper in it."""
     name = f"mlchaos-bench-{uuid.uuid4().hex[:6]}"
     kubectl("create", "namespace", name)
     try:
@@ -119,9 +120,16 @@ def place() -> Iterator[str]:
         things = deployment("web", 3, {"BEHIND": f"http://behind.{name}/"}) + deployment("behind", 1, {})
         kubectl("apply", "-n", name, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": things}))
         ready(name)
+        install(name)
+        kubectl("rollout", "status", "-n", name, "deployment/mlchaos-sweeper", "--timeout=120s", timeout=130)
+        eventually(lambda: heart(name), 60)
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=false", check=False)
+        for kind in ("clusterrole", "clusterrolebinding"):
+            ours = [x["metadata"]["name"] for x in objects(kind, "", "app.kubernetes.io/managed-by=mlchaos")]
+            if mine := [n for n in ours if n.endswith(name)]:
+                kubectl("delete", kind, *mine, "--ignore-not-found", check=False)
 
 
 def ready(namespace: str) -> None:
