@@ -69,7 +69,8 @@ def test_load_above_capacity_is_refused_seen_bounded_and_gone(jobs: Platform) ->
     jobs.client.remove_fault(lease)
     assert not submitter.is_running() and jobs.client.faults() == []
     eventually(lambda: jobs.client.signals()["backlog"] < 5)
-    batch = json.load(urllib.request.urlopen(f"{jobs.process('batch-client')['url']}/state", timeout=20))
+    with urllib.request.urlopen(f"{jobs.process('batch-client')['url']}/state", timeout=20) as response:
+        batch = json.load(response)
     assert batch["lost"] == 0 and eventually(lambda: jobs.client.signals()["jobs_lost"] == batch["dropped"])
     # What waited for 5 s is dropped, as promised: on a machine where 60 jobs take that long.
     assert batch["dropped"] == 0 or (batch["wait_p95_s"] or 9.0) > 2.0, batch
