@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes, Litmus
+from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.litmus.driver import LitmusDriver
 from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import InjectFailed
@@ -102,6 +103,21 @@ def nothing_left(namespace: str) -> bool:
     return not objects(LEFT, namespace) and not uids
 
 
+def effective(driver: LitmusDriver, lease: Lease) -> Evidence:
+    """The evidence, once the effect was seen."""
+    found: list[Evidence] = []
+
+    def look() -> bool:
+        found[:] = [driver.active(lease)]
+        return found[0].effective
+
+    try:
+        eventually(look, 25, every=0.5)
+    except AssertionError as e:
+        raise AssertionError(found[0].lines) from e
+    return found[0]
+
+
 def names(namespace: str, selector: str) -> set[str]:
     return {p["metadata"]["name"] for p in pods(namespace, selector)}
 
@@ -152,8 +168,7 @@ def test_neutral_faults_are_seen_and_gone(
     select = deploy(namespace, replicas=2)
     lease = faulting.lease(kind, select, count=count, duration_s=60, **params)
     driver.inject(lease)
-    evidence = driver.active(lease)
-    assert evidence.present and evidence.effective, evidence.lines
+    assert effective(driver, lease).present
     started = time.monotonic()
     driver.recover(lease)
     took = time.monotonic() - started
@@ -173,8 +188,7 @@ def test_a_partition_cuts_one_link_and_no_other(
     near, far = deploy(namespace, "near", replicas=1), deploy(namespace, "far", replicas=1)
     lease = faulting.lease("network_partition", f"{near}->{far}", duration_s=60)
     driver.inject(lease)
-    evidence = driver.active(lease)
-    assert evidence.effective, evidence.lines
+    effective(driver, lease)
     policy = objects("networkpolicies", namespace)[0]["spec"]
     there = pods(namespace, far)[0]["status"]["podIP"]
     assert f"{there}/32" in policy["egress"][0]["to"][0]["ipBlock"]["except"]

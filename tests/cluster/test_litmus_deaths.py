@@ -29,6 +29,7 @@ from tests.cluster.test_litmus import (  # noqa: F401  fixtures
     Leasing,
     crds,
     driver,
+    effective,
     faulting,
     litmus,
     names,
@@ -219,7 +220,7 @@ def test_several_leases_at_once(
     with_all("inject")
     assert not errors and len(objects("networkpolicies", namespace)) == 2
     driver.recover(leases[0])
-    assert driver.active(leases[1]).effective and len(objects("networkpolicies", namespace)) == 1
+    assert effective(driver, leases[1]).present and len(objects("networkpolicies", namespace)) == 1
     driver.recover(leases[1])
     assert not errors and nothing_left(namespace)
 

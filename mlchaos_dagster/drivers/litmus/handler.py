@@ -16,7 +16,7 @@ from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults import network_links
 from mlchaos_dagster.drivers.kubernetes.faults.network_policy import LABEL
 from mlchaos_dagster.drivers.litmus import engine, faults, guards, recovery, sights, states, tracks
-from mlchaos_dagster.drivers.litmus.eyes import Eyes, Sight, Told
+from mlchaos_dagster.drivers.litmus.eyes import Eyes, Told
 from mlchaos_dagster.drivers.litmus.recovery import NAME
 from mlchaos_dagster.drivers.litmus.selection import select
 from mlchaos_dagster.drivers.litmus.tracks import Place, Tracks
@@ -31,8 +31,8 @@ JUDGED_S = 90.0
 """How long an experiment may take, after its fault, to say how it went: its own checks and its probes come then."""
 _TICK_S = 0.5
 _SELECTION = TypeAdapter(faults.Selection)
-_SELF_TOLD = frozenset({"pod-delete", "container-kill", faults.PARTITION, *faults.ON_NODES})
-"""Experiments whose result names no target before their end: that it is there must do, and our own eyes."""
+_SELF_TOLD = faults.KILLS | faults.ON_NODES
+"""Experiments whose result names no target before their end: what they did must be seen at the targets."""
 
 
 class LitmusFault:
@@ -78,7 +78,7 @@ class LitmusFault:
         }
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
-        """Make the ChaosEngine, start it, and wait until every target was seen under its fault.
+        """Make the ChaosEngine, start it, and wait until it has come to every target.
 
         Raises:
             InjectFailed: it was refused, it failed, or nothing was seen in time; with Litmus's own words.
@@ -175,18 +175,12 @@ class LitmusFault:
     def _wait(self, site: Site, injection: Injection, place: Place, plan: faults.Plan, step: Step) -> None:
         start = time.monotonic()
         limit_s = site.options.litmus.inject_within + plan.ramp_s
-        eyes, names, said = self._eyes(injection), {ref.name for ref in injection.refs}, ""
         while True:
             found = tracks.find(site, place)
             state = states.of(found)
-            if self._told(found, plan, names):
-                try:
-                    sight = eyes.look(site, injection, found)
-                except DriverUnavailable as e:  # a target may be hard to ask under its fault; there is time
-                    sight = Sight(False, lines=(str(e),))
-                if sight.effective:
-                    return
-                said = "; ".join(sight.lines)
+            done, said = self._injected(site, injection, plan, found)
+            if done:
+                return
             if state.phase not in ("accepted", "running"):
                 raise _failed(injection, f"Litmus did not make the fault: {state.said}")
             if time.monotonic() - start >= limit_s:
@@ -196,12 +190,20 @@ class LitmusFault:
             step(0, 0)
             time.sleep(_TICK_S)
 
-    def _told(self, found: Tracks, plan: faults.Plan, names: set[str]) -> bool:
-        """Whether Litmus says that its fault is on, as far as it says so at all."""
-        if plan.experiment in _SELF_TOLD:
-            return bool(found.results)
-        touched = states.touched(found)
-        return bool(touched & names) if plan.env.get("SEQUENCE", "").lower() == "serial" else names <= touched
+    def _injected(self, site: Site, injection: Injection, plan: faults.Plan, found: Tracks) -> tuple[bool, str]:
+        """Whether the fault is at every target, and what was seen of it: Litmus's word, our own eyes where it says nothing."""
+        if plan.experiment == faults.PARTITION:
+            return bool(found.policies), ""
+        names, touched = {ref.name for ref in injection.refs}, states.touched(found)
+        if plan.experiment not in _SELF_TOLD:
+            return bool(touched & names) if plan.env.get("SEQUENCE", "") == "serial" else names <= touched, ""
+        if not found.results:
+            return False, ""
+        try:
+            sight = self._eyes(injection).look(site, injection, found)
+        except DriverUnavailable as e:  # a target may be hard to ask under its fault; there is time
+            return False, str(e)
+        return sight.effective, "; ".join(sight.lines)
 
 
 def _place(injection: Injection) -> Place:
