@@ -159,7 +159,7 @@ def test_marks_that_the_controller_spreads_late_are_taken_away_too() -> None:
     looks = iter(range(100))
 
     def step(done: int, total: int) -> None:
-        if next(looks) == 2:
+        if next(looks) == 1:
             api.objects[f"{SETS}/web-b"]["metadata"]["annotations"] |= spread
 
     fault.recover(site(api), one, step)
