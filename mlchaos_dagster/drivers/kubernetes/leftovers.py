@@ -63,16 +63,18 @@ class Leftover:
 
 
 def find(cluster: Cluster) -> Iterator[Leftover]:
-    """All of it, installation last.
+    """All of it, the faults of other tools first, the installation last.
 
     Raises:
         DriverUnavailable: the cluster did not answer; an incomplete list would look clean.
         ApiRefused: a kind may not be listed; the message says which.
     """
     spaces = [text(n, "metadata", "name") for n in cluster.list("/api/v1/namespaces", labels=f"{OPT_IN}=true")]
-    yield from sorted(_marked(cluster, spaces))
     ours = sorted([*_labelled(cluster), *_cuts(cluster)])
-    yield from (o for o in ours if o.lease)
+    tools = [o for o in ours if o.lease and o.path.startswith(_TOOLS)]
+    yield from tools  # who makes the fault, before what it left at the pods
+    yield from sorted(_marked(cluster, spaces))
+    yield from (o for o in ours if o.lease and o not in tools)
     yield from (o for o in ours if not o.lease)
 
 
