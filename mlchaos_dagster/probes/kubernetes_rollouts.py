@@ -35,7 +35,7 @@ class RolloutBook:
     def values(self, found: Sequence[Object], replica_sets: Sequence[Object]) -> dict[str, float]:
         """Signals as they are now, of all Rollouts together: counts are added up, states are those of the worst.
 
-        What rests on the status is left out while that is of an older spec; all of it while there is no Rollout.
+        States are left out while the status is of an older spec (`rolled_back` is then 0), all while there is no Rollout.
         """
         if not found:
             return {}
@@ -62,9 +62,11 @@ class RolloutBook:
             "canary_weight": weight,
             "stable_available": float(available),
         }
-        if all(map(rollouts.is_observed, found)):
+        observed = all(map(rollouts.is_observed, found))
+        values["rolled_back"] = float(back and observed)  # not known to be is not
+        if observed:
             values["rollout_healthy"], values["rollout_aborted"] = float(healthy), float(aborted)
-            values["traffic_safe"], values["rolled_back"] = float(safe), float(back)
+            values["traffic_safe"] = float(safe)
         return values
 
     @staticmethod

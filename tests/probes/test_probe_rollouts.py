@@ -58,9 +58,13 @@ def test_a_version_that_was_promoted_is_healthy_and_not_safe() -> None:
 
 
 def test_what_is_said_of_an_older_spec_is_not_told() -> None:
-    book, one = RolloutBook(), rollout()
+    book, one = RolloutBook(), rollout("new", phase="Degraded", abort=True)
+    book.values([one], sets := [replica_set("old", 4)])
+    assert book.values([one], sets)["rolled_back"] == 1
     one["metadata"]["generation"] = 3
-    assert set(book.values([one], [replica_set("old", 4)])) == {"canary_ready", "canary_weight", "stable_available"}
+    values = book.values([one], sets)
+    assert set(values) == {"canary_ready", "canary_weight", "stable_available", "rolled_back"}
+    assert values["rolled_back"] == 0
     assert not rollouts.at_rest(one) and "not of its present spec" in rollouts.shown_phase(one)
     assert book.values([], []) == {}
 
