@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlchaos_dagster.catalog import Catalog, read_spec
+from mlchaos_dagster.catalog import Catalog, parse_file, read_spec
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.manifests.drafts import place
 from mlchaos_dagster.domain.manifests.files import bring
@@ -48,7 +48,9 @@ def count(files: Iterable[Path], root: Path, environment: Environment) -> Count:
         try:
             brought = bring(read_spec(path), name)
             if brought is None:
-                raise SpecError("not taken for a file of another tool.", f"{name}:1:1")
+                parse_file(path)  # one of ours, such as stages
+                found.accepted.append(name)
+                continue
             if brought.problems:
                 raise SpecError(brought.problems)
             for draft in brought.drafts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def _texts(app: App, brought: list[Brought], found: list[Placed]) -> dict[str, s
     """Path in a library → what is written there."""
     from mlchaos_dagster.domain.manifests.drafts import body, name_of, suite_of, to_yaml
 
-    known = set(app.catalog.names("experiment"))
+    known, suites = set(app.catalog.names("experiment")), set(app.catalog.names("suite"))
     written: dict[str, str] = {}
     left = list(found)
     for one in brought:
@@ -81,7 +82,10 @@ def _texts(app: App, brought: list[Brought], found: list[Placed]) -> dict[str, s
             names.append(name)
         for suite in one.suites:
             if names:
-                written[f"suites/{suite.name}.yaml"] = f"# from {one.source}\n{to_yaml(suite_of(suite, names))}"
+                name = name_of("brought", suite.name) if suite.name in suites else suite.name
+                written[f"suites/{name}.yaml"] = (
+                    f"# from {one.source}\n{to_yaml(suite_of(replace(suite, name=name), names))}"
+                )
     return written
 
 

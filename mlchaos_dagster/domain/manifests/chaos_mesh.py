@@ -326,6 +326,10 @@ def _coherent(look: Looker, kind: str, action: str, spec: dict[str, Any], path: 
             look.note(path, "a partition without target or externalTargets cuts off all that the pods send.")
     if kind == "HTTPChaos" and not any(spec.get(n) for n in ("abort", "delay", "replace", "patch")):
         look.problem(path, "does nothing. Allowed: at least one of abort, delay, replace, patch.")
+    if kind == "JVMChaos" and action == "stress" and bool(spec.get("cpuCount")) == bool(spec.get("memType")):
+        look.problem(path, "action stress needs exactly one of cpuCount, memType.")
+    if kind == "JVMChaos" and action == "mysql" and str(spec.get("mysqlConnectorVersion")) not in ("5", "8"):
+        look.problem(path, 'action mysql needs mysqlConnectorVersion. Allowed: "5", "8".')
     if kind == "PhysicalMachineChaos":
         if not spec.get("selector") and not spec.get("address"):
             look.problem(path, "missing field selector (or address).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlchaos_dagster.domain.manifests import chaos_mesh, litmus, schedules, workflows
 from mlchaos_dagster.domain.manifests.drafts import Brought, name_of
-from mlchaos_dagster.domain.manifests.shapes import Looker, at, text_at
+from mlchaos_dagster.domain.manifests.shapes import Looker, text_at
 from mlchaos_dagster.domain.nodes import Document, read_documents
 from mlchaos_dagster.domain.parsing import nearest, one_line
 from mlchaos_dagster.errors import Problem
@@ -53,7 +53,7 @@ def bring(text: str | bytes, source: str) -> Brought | None:
 def _is_theirs(document: Document) -> bool:
     root = document.root
     if root.kind == "list":
-        return bool(root.value) and all(e.kind == "mapping" and at(e, "name") and at(e, "spec") for e in root.value)
+        return bool(root.value) and all(e.kind == "mapping" and {"name", "spec"} <= e.value.keys() for e in root.value)
     if root.kind != "mapping":
         return False
     return ("apiVersion" in root.value and "kind" in root.value) or any(name in root.value for name in _ANSWERED)

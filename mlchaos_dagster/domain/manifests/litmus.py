@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of
 from mlchaos_dagster.domain.manifests.probes import PROBE, probes
-from mlchaos_dagster.domain.manifests.shapes import TEXT_MAP, TEXTS, Each, Fields, Looker, Words, entries, go_seconds
+from mlchaos_dagster.domain.manifests.shapes import TEXT_MAP, TEXTS, Each, Fields, Looker, Words, entries, go_seconds, text_at
 from mlchaos_dagster.domain.nodes import Node, Path
 from mlchaos_dagster.domain.parsing import nearest
 
@@ -197,7 +197,7 @@ def engine(look: Looker, node: Node, brought: Brought, path: Path, name: str, of
         look.note(path, "missing field chaosServiceAccount: that of the environment is taken.", key=True)
         spec.pop("chaosServiceAccount", None)
     meta = _metadata(look) if path in (("spec",), ("spec", "engineTemplateSpec")) else {}
-    chosen = _selected(look, spec, path, meta.pop("namespace", ""))
+    chosen = _selected(look, node, spec, path, meta.pop("namespace", ""))
     for i, entry in enumerate(listed):
         suffix = str(entry.get("name", "")) if len(listed) > 1 else ""
         one = _Entry(look, entry, (*path, "experiments", i), {**spec, **meta}, chosen)
@@ -228,11 +228,11 @@ def _metadata(look: Looker) -> dict[str, Any]:
     return {**kept, "namespace": str(found.get("namespace") or "")}
 
 
-def _selected(look: Looker, spec: Mapping[str, Any], path: Path, namespace: str) -> Selection:
+def _selected(look: Looker, node: Node, spec: Mapping[str, Any], path: Path, namespace: str) -> Selection:
     app, selectors = cast("dict[str, str]", spec.get("appinfo") or {}), spec.get("selectors")
     if selectors:
         return _selectors(look, cast("dict[str, Any]", selectors), (*path, "selectors"))
-    label, kind = app.get("applabel", ""), app.get("appkind", "")
+    label, kind = app.get("applabel", ""), app.get("appkind", "") or text_at(node, "appinfo", "appkind")
     if bool(label) != bool(kind):
         what, given = ("appkind", "applabel") if label else ("applabel", "appkind")
         look.problem(
