@@ -103,7 +103,7 @@ def deployment(name: str, replicas: int, env: dict[str, str]) -> list[dict[str, 
     labels = {"app": name}
     pod = {"metadata": {"labels": labels}, "spec": {"containers": [container], "terminationGracePeriodSeconds": 2}}
     spec = {"replicas": replicas, "selector": {"matchLabels": labels}, "template": pod}
-    port = {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]}
+    port = {"type": "NodePort", "selector": labels, "ports": [{"port": 80, "targetPort": 8080}]}
     return [
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec},
         {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": port},
