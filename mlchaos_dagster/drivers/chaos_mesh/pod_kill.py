@@ -7,7 +7,6 @@ of us are dead.) The thread ends with the process, at the lease's deadline, when
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,14 +16,14 @@ from mlchaos_dagster.drivers.chaos_mesh import life, preflight, specs, states
 from mlchaos_dagster.drivers.chaos_mesh.handler import home_of
 from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import GoneEyes
 from mlchaos_dagster.drivers.chaos_mesh.resources import name_of, resource
-from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster import frozen, rounds
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.rounds import Rounds
 from mlchaos_dagster.engine.ports import Lease, Objection, Step, no_step
-from mlchaos_dagster.errors import DriverError, RecoverFailed, StoreError
+from mlchaos_dagster.errors import RecoverFailed
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import Object, part, text
-from mlchaos_dagster.kube.refs import Ref, collection
-from mlchaos_dagster.kube.selecting import is_there
+from mlchaos_dagster.kube.refs import Ref
 
 NAME = "chaos_mesh"
 _KIND = "PodChaos"
@@ -76,23 +75,12 @@ class PodKill:
         lease, began = injection.lease, time.monotonic()
         life.begin(site, injection, _made(injection, injection.refs, ""), step)
         _hit.add(lease.id)
-        if interval_s := injection.params.get("interval_s"):
-            rounds = _Rounds(site, injection, interval_s, began + lease.duration_s)
-            _running[lease.id] = rounds
-            rounds.start()
+        rounds.begin(site, injection, began, "killed", _round)
 
     def recover(self, site: Site, injection: Injection, step: Step) -> None:
         """End the rounds, delete the resources. A deleted one kills nothing more. Raises RecoverFailed: it stays."""
         lease = injection.lease
-        rounds = _running.get(lease.id)
-        if rounds is not None:
-            rounds.stop.set()
-            end = time.monotonic() + 4 * site.cluster.timeout_s
-            while rounds.is_alive():
-                if time.monotonic() > end:
-                    raise RecoverFailed("a round is still under way", driver=NAME, lease_id=lease.id)
-                step(0, 0)
-                rounds.join(0.1)
+        rounds.end(site, lease, step, NAME)
         those = life.mine(site, _KIND, injection.undo["namespace"], lease)
         life.delete(site, those)
         left, said = life.release(site, those, step)
@@ -109,87 +97,26 @@ class PodKill:
         seen = self.eyes.look(site, injection, those)
         standing = [one for one in those if not life.inert(one)]
         done = lease.id in _hit or any(states.injected(one) for one in those)
-        rounds = _running.get(lease.id)
-        lines = [*([rounds.said] if rounds else ()), *seen.lines]
+        ours = rounds.of(lease)
+        lines = [*([ours.said] if ours else ()), *seen.lines]
         lines += [
             f"PodChaos {text(one, 'metadata', 'name')} stands, done at {states.injected_at(one)}" for one in standing
         ]
-        alive = rounds is not None and rounds.is_alive()
-        effective = seen.effective and done and (rounds is None or (alive and not rounds.error))
+        alive = ours is not None and ours.is_alive()
+        effective = seen.effective and done and (ours is None or (alive and not ours.error))
         return Evidence(present=alive or bool(standing), effective=effective, lines=tuple(lines))
-
-
-class _Rounds(threading.Thread):
-    """Kills what replaced the frozen pods, every `interval_s`, until it is stopped or `deadline` (monotonic)."""
-
-    def __init__(self, site: Site, injection: Injection, interval_s: float, deadline: float) -> None:
-        super().__init__(name=f"pod-kill-{injection.lease.id}", daemon=True)
-        self.site, self.injection, self.interval_s, self.deadline = site, injection, interval_s, deadline
-        self.stop = threading.Event()
-        self.error = ""
-        """Why the last round did not succeed; empty: it did."""
-        self._done = 1
-        self._killed = [ref.name for ref in injection.refs]
-
-    @property
-    def said(self) -> str:
-        """What it did, in one line."""
-        pods = f"{len(self._killed)} pods killed in {self._done} rounds, the last: {self._killed[-1]}"
-        return f"{pods}; {self.error}" if self.error else pods
-
-    def run(self) -> None:
-        """Rounds at a steady beat, however long each takes."""
-        due = time.monotonic()
-        while True:
-            due = max(due + self.interval_s, time.monotonic())
-            if due >= self.deadline:
-                self.stop.wait(max(0.0, self.deadline - time.monotonic()))
-                return
-            if self.stop.wait(due - time.monotonic()):
-                return
-            try:
-                self._round()
-                self.error = ""
-            except StoreError as e:  # fenced, or the lease is gone: it is no longer ours to do
-                self.error = str(e)
-                return
-            except DriverError as e:
-                self.error = f"the last round failed: {e}"
-
-    def _round(self) -> None:
-        refs = self._newest()
-        if not refs or self.stop.is_set():
-            return
-        injection = Injection(self.injection.lease, tuple(refs), self.injection.undo)
-        made = _made(injection, refs, f"-r{self._done}")
-        found = life.begin(self.site, injection, made, no_step)
-        life.delete(self.site, [found])
-        self._killed += [ref.name for ref in refs]
-        self._done += 1
-
-    def _newest(self) -> list[Ref]:
-        """As many pods of each controller as were frozen of it, the newest."""
-        owners: dict[str, str] = self.injection.undo["owners"]
-        wanted: dict[tuple[str, str], int] = {}
-        for ref in self.injection.refs:
-            key = (ref.namespace, owners[ref.uid])
-            wanted[key] = wanted.get(key, 0) + 1
-        found: list[Ref] = []
-        for (namespace, owner), count in wanted.items():
-            there = [p for p in self.site.cluster.list(collection("pod", namespace)) if is_there(p)]
-            newest = sorted(
-                (p for p in there if text(frozen.controller(p), "uid") == owner),
-                key=lambda p: (text(p, "metadata", "creationTimestamp"), text(p, "metadata", "name")),
-                reverse=True,
-            )
-            found += [Ref.of("pod", p) for p in newest[:count]]
-        return found
 
 
 _hit: set[str] = set()
 """Leases whose pods Chaos Mesh killed at this process's word."""
-_running: dict[str, _Rounds] = {}
-"""Rounds of this process by lease; they end with it."""
+
+
+def _round(ours: Rounds, refs: list[Ref]) -> list[Ref]:
+    """One resource for all of them."""
+    injection = Injection(ours.injection.lease, tuple(refs), ours.injection.undo)
+    made = _made(injection, refs, f"-r{ours.done}")
+    life.delete(ours.site, [life.begin(ours.site, injection, made, no_step)])
+    return refs
 
 
 def _made(injection: Injection, refs: tuple[Ref, ...] | list[Ref], extra: str) -> Object:

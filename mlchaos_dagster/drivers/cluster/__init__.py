@@ -6,6 +6,8 @@ preflight.py  guards that hold for every kind
 rivals.py     who else is at work on a target
 planned.py    chaos of others that starts by itself
 frozen.py     the frozen object and no other
+rounds.py     what replaced the frozen pods, again at an interval
+evidence.py   what was read at each target, as one
 beside.py     a verb that waits, beside the engine's loop
 """
 

@@ -7,20 +7,20 @@ when `recover` is called here. A pod that no controller owns would stay away, so
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from mlchaos_dagster.domain.record import Evidence
-from mlchaos_dagster.drivers.cluster import frozen
+from mlchaos_dagster.drivers.cluster import frozen, rounds
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.cluster.preflight import selects
+from mlchaos_dagster.drivers.cluster.rounds import Rounds
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
-from mlchaos_dagster.errors import DriverError, InjectFailed, RecoverFailed, StoreError
+from mlchaos_dagster.errors import InjectFailed
 from mlchaos_dagster.kube.client import NAME, ApiRefused, Permission, Site
 from mlchaos_dagster.kube.objects import Object, mapping, part, text
-from mlchaos_dagster.kube.refs import Ref, collection
+from mlchaos_dagster.kube.refs import Ref
 from mlchaos_dagster.kube.selecting import is_there
 
 _TOO_MANY_REQUESTS = 429
@@ -71,16 +71,12 @@ class PodDelete:
 
     def inject(self, site: Site, injection: Injection, step: Step) -> None:
         """All frozen pods, one after the other; then the rounds of an interval begin. Raises InjectFailed: a budget's no."""
-        interval_s, lease = injection.params.get("interval_s"), injection.lease
-        began = time.monotonic()
+        lease, began = injection.lease, time.monotonic()
         for done, ref in enumerate(injection.refs):
             if _take(site, lease, ref):
                 _hit.setdefault(lease.id, set()).add(ref.uid)
             step(done + 1, len(injection.refs))
-        if interval_s:
-            rounds = _Rounds(site, injection, interval_s, began + lease.duration_s)
-            _running[lease.id] = rounds
-            rounds.start()
+        rounds.begin(site, injection, began, "deleted", _round)
 
     def recover(self, site: Site, injection: Injection, step: Step) -> None:
         """End the rounds, and shut out a deletion of frozen pods that is still under way.
@@ -89,15 +85,7 @@ class PodDelete:
         an act of a millisecond, which its controller mends as it did the others.
         """
         lease = injection.lease
-        rounds = _running.get(lease.id)
-        if rounds is not None:
-            rounds.stop.set()
-            end = time.monotonic() + 4 * site.cluster.timeout_s
-            while rounds.is_alive():
-                if time.monotonic() > end:
-                    raise RecoverFailed("a deletion is still under way", driver=NAME, lease_id=lease.id)
-                step(0, 0)
-                rounds.join(0.1)
+        rounds.end(site, lease, step, NAME)
         for ref in injection.refs:
             found = frozen.read(site, ref)
             if found is not None and is_there(found):
@@ -119,77 +107,21 @@ class PodDelete:
         missed = [ref for ref in injection.refs if ref.uid not in _hit.get(injection.lease.id, ())]
         lines += [f"{ref.shown} was not deleted by this run" for ref in missed if ref.name not in here]
         fired = not here and not missed
-        rounds = _running.get(injection.lease.id)
-        if rounds is None:
+        ours = rounds.of(injection.lease)
+        if ours is None:
             return Evidence(present=False, effective=fired, lines=tuple(lines))
-        lines.insert(0, rounds.said)
-        present = rounds.is_alive()
-        return Evidence(present=present, effective=present and fired and not rounds.error, lines=tuple(lines))
-
-
-class _Rounds(threading.Thread):
-    """Deletes what replaced the frozen pods, every `interval_s`, until it is stopped or `deadline` (monotonic)."""
-
-    def __init__(self, site: Site, injection: Injection, interval_s: float, deadline: float) -> None:
-        super().__init__(name=f"pod-delete-{injection.lease.id}", daemon=True)
-        self.site, self.injection, self.interval_s, self.deadline = site, injection, interval_s, deadline
-        self.stop = threading.Event()
-        self.error = ""
-        """Why the last round did not succeed; empty: it did."""
-        self._done = 1
-        self._deleted = [ref.name for ref in injection.refs]
-
-    @property
-    def said(self) -> str:
-        """What it did, in one line."""
-        pods = f"{len(self._deleted)} pods deleted in {self._done} rounds, the last: {self._deleted[-1]}"
-        return f"{pods}; {self.error}" if self.error else pods
-
-    def run(self) -> None:
-        """Rounds at a steady beat, however long each takes."""
-        due = time.monotonic()
-        while True:
-            due = max(due + self.interval_s, time.monotonic())
-            if due >= self.deadline:
-                self.stop.wait(max(0.0, self.deadline - time.monotonic()))
-                return
-            if self.stop.wait(due - time.monotonic()):
-                return
-            try:
-                self._round()
-                self.error = ""
-            except StoreError as e:  # fenced, or the lease is gone: it is no longer ours to do
-                self.error = str(e)
-                return
-            except DriverError as e:
-                self.error = f"the last round failed: {e}"
-
-    def _round(self) -> None:
-        owners: dict[str, str] = self.injection.undo["owners"]
-        wanted: dict[tuple[str, str], int] = {}
-        for ref in self.injection.refs:
-            key = (ref.namespace, owners[ref.uid])
-            wanted[key] = wanted.get(key, 0) + 1
-        for (namespace, owner), count in wanted.items():
-            there = [p for p in self.site.cluster.list(collection("pod", namespace)) if is_there(p)]
-            newest = sorted(
-                (p for p in there if text(frozen.controller(p), "uid") == owner),
-                key=lambda p: (text(p, "metadata", "creationTimestamp"), text(p, "metadata", "name")),
-                reverse=True,
-            )
-            for pod in newest[:count]:
-                if self.stop.is_set() or time.monotonic() >= self.deadline:
-                    return
-                ref = Ref.of("pod", pod)
-                if _take(self.site, self.injection.lease, ref):
-                    self._deleted.append(ref.name)
-        self._done += 1
+        lines.insert(0, ours.said)
+        present = ours.is_alive()
+        return Evidence(present=present, effective=present and fired and not ours.error, lines=tuple(lines))
 
 
 _hit: dict[str, set[str]] = {}
 """Uids that this process deleted, by lease: a pod that an autoscaler or a rollout took away did not fall to our fault."""
-_running: dict[str, _Rounds] = {}
-"""Rounds of this process by lease; they end with it."""
+
+
+def _round(ours: Rounds, refs: list[Ref]) -> list[Ref]:
+    """One pod after the other, until the rounds are over."""
+    return [ref for ref in refs if not ours.over and _take(ours.site, ours.injection.lease, ref)]
 
 
 def _take(site: Site, lease: Lease, ref: Ref) -> bool:
