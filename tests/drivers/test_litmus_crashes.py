@@ -5,6 +5,7 @@ The cluster is a dictionary; Litmus in it does at once what its operator and an 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any, cast
@@ -18,7 +19,8 @@ from mlchaos_dagster.drivers.litmus.engine import collection
 from mlchaos_dagster.drivers.litmus.handler import LitmusFault
 from mlchaos_dagster.engine.ports import Lease, no_step
 from mlchaos_dagster.engine.processes import current_owner
-from mlchaos_dagster.errors import DriverError, InjectFailed, RecoverFailed
+from mlchaos_dagster.errors import DriverError, InjectFailed, LeaseRefused, RecoverFailed
+from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import Cluster, Site
 from mlchaos_dagster.kube.leases import KEPT, NOWHERE
 from mlchaos_dagster.kube.refs import Ref
@@ -208,8 +210,15 @@ def test_a_death_and_an_outage_at_every_call_of_the_recovery(late: bool, operato
     raise AssertionError("the recovery has no end")
 
 
-def test_a_recovery_before_every_call_of_the_injection() -> None:
-    """Whoever injects sleeps at that call for longer than somebody else's recovery: he starts nothing."""
+def test_a_recovery_before_every_call_of_the_injection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever injects sleeps at that call for longer than somebody else's recovery: he starts nothing, and leaves nothing."""
+    closed: list[bool] = []
+
+    def held(site: Site, lease: Lease) -> None:
+        if closed:
+            raise LeaseRefused("closed")
+
+    monkeypatch.setattr(leases, "held", held)
     for k in range(1, MOST_CALLS):
         world = World()
         site, injection = case(world)
@@ -218,20 +227,16 @@ def test_a_recovery_before_every_call_of_the_injection() -> None:
         def other(world: World = world, fired: list[int] = fired) -> None:
             fired.append(world.fired)
             recovered(world)
+            closed.append(True)
 
+        closed.clear()
         world.before[k] = other
-        try:
+        with contextlib.suppress(InjectFailed, LeaseRefused):
             FAULT.inject(site, injection, no_step)
-        except InjectFailed:
-            pass
         if not fired:
             return
-        if fired[0] == 0:
-            created = any(p.startswith(ENGINES) for p in world.objects)
-            # Asleep before its first change, with a lease that nobody keeps here, it begins anew: a run's would be refused.
-            assert world.fired == 0 or created
-        if world.ours():
-            recovered(world)
+        assert world.fired == fired[0], f"started after the recovery before call {k}"
+        assert world.ours() == [], f"left by who was recovered before call {k}"
     raise AssertionError("the injection has no end")
 
 

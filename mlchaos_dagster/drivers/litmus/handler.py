@@ -100,7 +100,7 @@ class LitmusFault:
         recovery.take_away(site, injection, _place(injection), self._eyes(injection), step)
         if faults.experiment_of(injection.lease.kind, injection.params) == faults.PARTITION:
             for ref in injection.refs:
-                frozen.change(site, ref, lambda found, ref=ref: _unlabel(site, found, ref, injection.lease.id))
+                _unlabel(site, ref, injection.lease.id)
                 step(0, 0)
 
     def active(self, site: Site, injection: Injection) -> Evidence:
@@ -226,9 +226,18 @@ def _peers(site: Site, request: Request) -> dict[str, Any]:
         raise DriverError(str(e), driver=NAME, verb="undo") from e
 
 
-def _unlabel(site: Site, found: Object, ref: Ref, lease_id: str) -> None:
-    if text(found, "metadata", "labels", LABEL) == lease_id:
-        frozen.patch(site, found, ref.path, {"metadata": {"labels": {LABEL: None}}})
+def _unlabel(site: Site, ref: Ref, lease_id: str) -> None:
+    """Off, or shut out where it may still be on its way."""
+    labelled = False
+
+    def act(found: Object) -> None:
+        nonlocal labelled
+        labelled = text(found, "metadata", "labels", LABEL) == lease_id
+        if labelled:
+            frozen.patch(site, found, ref.path, {"metadata": {"labels": {LABEL: None}}})
+
+    if frozen.change(site, ref, act) and not labelled:
+        frozen.shut_out(site, ref)
 
 
 def _failed(injection: Injection, said: str) -> InjectFailed:
