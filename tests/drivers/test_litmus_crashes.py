@@ -47,6 +47,12 @@ class World(Api):
         self.objects[f"{path}/{name}"] = new
         return new
 
+    def create(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        made = super().create(path, body)
+        if path == ENGINES:
+            self.works(f"{path}/{body['metadata']['name']}")
+        return made
+
     def patch(self, path: str, body: Mapping[str, Any], *, how: str = "merge", **query: str) -> dict[str, Any]:
         found = super().patch(path, body, how=how, **query)
         if path.startswith(ENGINES):
