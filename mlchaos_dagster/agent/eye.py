@@ -1,11 +1,12 @@
 """Looks at what somebody else's chaos tool does in this pod, and takes it away where that tool cannot.
 
     python3 -c SOURCE 0 MLCHAOS_LEASE=ID watch ORDER      the container's main process: stays, and says at its end what it saw
-    python3 -c BOOT LENGTHS - look|mend|end ORDER         one JSON object (sent over an exec stream)
+    python3 -c BOOT LENGTHS - look|mend ORDER             one JSON object (sent over an exec stream)
 
 An order says what is meant: `chains` and `sets` (of a network fault, by name), `queues` (whether traffic control is
 looked at), `probes` (`tcp:ADDRESS:PORT`, `dns:ADDRESS`; `dns:` the pod's own name server), `stress` (whether stressors
-are looked for, for which the container shares the target's processes), `interval` in seconds over which CPU is counted.
+are looked for, for which the container shares the target's processes), `interval` in seconds over which CPU is counted,
+`last` (the lease's id: the main process ends a while after this look).
 
 Needs CAP_NET_ADMIN and CAP_NET_RAW (the kernel tells names of ipsets over a raw socket) for the network, CAP_KILL for
 stressors; nothing else.
@@ -31,6 +32,8 @@ STRESSORS = ("stress-ng", "memStress")
 SHAPERS = ("netem", "tbf")
 PROBE_S = 1.0
 END_S = 2.0
+LINGER_S = 15.0
+"""It still answers for this long after it was told, so that the proof needs no other container."""
 
 
 def say(**words: object) -> None:
@@ -238,6 +241,8 @@ def look(order: dict) -> dict:
         seen["stress"] = stress(float(order.get("interval", 0.0)))
     if order.get("probes"):
         seen["probes"] = probes(list(order["probes"]))
+    if order.get("last"):
+        leave(str(order["last"]))
     return seen
 
 
@@ -250,24 +255,24 @@ def mend(order: dict) -> dict:
     return look(dict(order, probes=[], interval=0.0))
 
 
-def end(order: dict) -> dict:
+def leave(lease: str) -> None:
     """Tell the main process that nothing more is to be looked at."""
-    ended = 0
     for name in os.listdir("/proc"):
         words = content(f"/proc/{name}/cmdline").split("\0") if name.isdigit() else []
-        if MARKER + str(order["lease"]) in words and "watch" in words:
-            os.kill(int(name), signal.SIGTERM)
-            ended += 1
-    return {"ended": ended}
+        if MARKER + lease in words and "watch" in words:
+            os.kill(int(name), signal.SIGUSR1)
 
 
 def watch(order: dict) -> int:
     """Until told, or the time is over; the last look stays in the container's status."""
-    told = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
-    told.wait(float(order["seconds"]))
-    words: dict = {"why": "told to end" if told.is_set() else "its time was over", "rules": -1}
+    until = [time.monotonic() + float(order["seconds"])]
+    over = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: until.append(time.monotonic() + LINGER_S))
+    for number in (signal.SIGTERM, signal.SIGINT):  # the pod goes: at once
+        signal.signal(number, lambda *_: over.set())
+    while not over.is_set() and time.monotonic() < min(until):
+        over.wait(min(1.0, max(0.0, min(until) - time.monotonic())))
+    words: dict = {"why": "told to end" if len(until) > 1 or over.is_set() else "its time was over", "rules": -1}
     try:
         seen = look(dict(order, probes=[], interval=0.0))
         left = [*seen.get("rules", ()), *seen.get("queues", ()), *seen.get("stress", {}).get("pids", ())]
@@ -288,7 +293,7 @@ def main(arguments: list) -> int:
     if verb == "watch":
         return watch(order)
     try:
-        say(**{"look": look, "mend": mend, "end": end}[verb](order))
+        say(**{"look": look, "mend": mend}[verb](order))
         return 0
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as e:
         sys.stderr.write(f"{e}\n")

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes
+from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.chaos_mesh.driver import ChaosMeshDriver
 from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.errors import DriverUnavailable
 from mlchaos_dagster.kube.client import Cluster
 from tests.cluster.conftest import Faulting, deploy, eventually, kubectl, objects, pods, ready
 
@@ -136,19 +138,28 @@ def test_fires_is_aborted_and_leaves_nothing(case: Case, by_mesh: Faulting, name
     assert not case.seen(namespace, before), "nothing of it before"
     by_mesh.driver.inject(lease)
     eventually(lambda: case.seen(namespace, before))
-    seen = eventually(lambda: (e := by_mesh.driver.active(lease)).effective and e)
+    seen = eventually(lambda: effective(by_mesh, lease), 60)
     print(case.kind, *seen.lines, sep="\n   ")
     assert seen.present
     began = time.monotonic()
     by_mesh.driver.recover(lease)
     took = time.monotonic() - began
     print(f"   recovered in {took:.2f} s")
-    assert took < 10
+    assert took < 15, "the engine's recover_timeout"
     clean(by_mesh, lease, namespace, case)
     if case.held and case.kind != "pod_failure":
         assert not case.seen(namespace, hit)
     by_mesh.driver.recover(lease)
     eventually(lambda: sum(map(ready, pods(namespace, "app=web"))) == 2, 60)
+
+
+def effective(by_mesh: Faulting, lease: Lease) -> Evidence | None:
+    """What our eyes see once they see the effect; a busy node lets a look fail."""
+    try:
+        return e if (e := by_mesh.driver.active(lease)).effective else None
+    except DriverUnavailable as error:
+        print(error)
+        return None
 
 
 def clean(by_mesh: Faulting, lease: Lease, namespace: str, case: Case) -> None:

@@ -46,14 +46,13 @@ class Eyes(Protocol):
         """Get ready again, for who recovers, wherever `open` was."""
         ...
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
-        """What is there now; `those` are our resources. Raises DriverUnavailable: it could not be seen."""
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
+        """What is there now. Raises DriverUnavailable: it could not be seen.
+
+        `those` are our resources; after the `last` look whatever looks in the pods goes, and leaves word of it there.
+        """
         ...
 
     def mend(self, site: Site, injection: Injection, step: Step) -> list[str]:
         """Take away at the pods what Chaos Mesh could not; what was done. May do nothing."""
-        ...
-
-    def close(self, site: Site, injection: Injection, step: Step) -> None:
-        """Nothing more is to be looked at: leave the pods, and leave word of the last look there."""
         ...

@@ -97,10 +97,10 @@ class Fault:
             said += failed
             said += leavings.take_back(site, injection, now, step)
         self.eyes.reopen(site, injection, step)
-        seen = self.eyes.look(site, injection, now)
+        seen = self.eyes.look(site, injection, now, last=not failed)
         if seen.present:
             said += self.eyes.mend(site, injection, step)
-            seen = self.eyes.look(site, injection, now)
+            seen = self.eyes.look(site, injection, now, last=True)
             if seen.present:
                 raise RecoverFailed("; ".join([*said, *seen.lines]), driver=NAME, lease_id=lease.id)
         life.delete(site, now)
@@ -109,7 +109,6 @@ class Fault:
         if stuck := [one for one in left if not life.inert(one)]:
             names = ", ".join(map(shown, stuck))
             raise RecoverFailed("; ".join([f"{names} cannot be deleted", *told]), driver=NAME, lease_id=lease.id)
-        self.eyes.close(site, injection, step)
         if told:
             _told[lease.id] = told
 

@@ -74,12 +74,15 @@ class _Inside:
             self._eyes(site, injection), lambda e: e.open(eye.AGAIN_S, first=False), step, eye.AGAIN_S + eye.ALL_S
         )
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """Each pod. Raises DriverUnavailable."""
         before: Object = {}
         for one in those:
             before = json.loads(text(one, "metadata", "annotations", "mlchaos.dev/before") or "{}")
-        found = eye.together(self._eyes(site, injection), lambda e: self._one(injection, e, before), no_step, eye.ALL_S)
+        order = {**self._when(injection), **({"last": injection.lease.id, "probes": []} if last else {})}
+        found = eye.together(
+            self._eyes(site, injection), lambda e: self._one(injection, e, before, order), no_step, eye.ALL_S
+        )
         return Seen(
             any(s.present for s in found),
             bool(found) and all(s.effective for s in found),
@@ -98,11 +101,7 @@ class _Inside:
 
         return [said for said in eye.together(self._eyes(site, injection), one, step, eye.ALL_S) if said]
 
-    def close(self, site: Site, injection: Injection, step: Step) -> None:
-        """End them; each leaves its last look."""
-        eye.together(self._eyes(site, injection), lambda e: e.close(), step, eye.ALL_S)
-
-    def _one(self, injection: Injection, e: Eye, before: Object) -> Seen:
+    def _one(self, injection: Injection, e: Eye, before: Object, order: Object) -> Seen:
         pod, now = e.state()
         if not eye.running(pod) or pod is None:
             return Seen(False, False, (f"{e.ref.shown} is gone, and what was in it",))
@@ -114,7 +113,7 @@ class _Inside:
         if now.state != "running":
             left = ", ".join(now.words.get("left", ())) or now.words.get("error") or now.reason or now.state
             return Seen(True, False, (f"{e.ref.shown}: nobody looks there now ({left})",))
-        return self._seen(injection, e, pod, e.ask(now, "look", self._when(injection)), before.get(e.ref.uid, {}))
+        return self._seen(injection, e, pod, e.ask(now, "look", order), before.get(e.ref.uid, {}))
 
     def _eyes(self, site: Site, injection: Injection) -> list[Eye]:
         known: dict[str, Object] = injection.undo["eyes"]["pods"]

@@ -22,7 +22,7 @@ from mlchaos_dagster.drivers.chaos_mesh.resources import FORCED, PAUSE, collecti
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.engine.ports import Lease, Step
-from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
+from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, LeaseRefused
 from mlchaos_dagster.kube import leases
 from mlchaos_dagster.kube.client import ApiRefused, Conflict, NotFound, Site
 from mlchaos_dagster.kube.labels import LEASE
@@ -72,7 +72,11 @@ def begin(site: Site, injection: Injection, made: Object, step: Step) -> Object:
     if not one_shot:
         found = _selected(site, injection, found, min(end, time.monotonic() + _SELECTED_S), step)
         _all_frozen(site, injection)
-        _let_go(site, found, lease)
+        try:
+            _let_go(site, found, lease)
+        except LeaseRefused:  # who has the lease now may have looked before it was there
+            delete(site, [found])
+            raise
     return _injected(site, found, end, step)
 
 

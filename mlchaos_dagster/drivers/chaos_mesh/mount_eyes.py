@@ -49,7 +49,7 @@ class MountEyes(Quiet):
             step(done + 1, len(request.refs))
         return {"pods": pods, "path": path}
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """Present while there is another file system than before."""
         held: list[bool] = []
         lines: list[str] = []

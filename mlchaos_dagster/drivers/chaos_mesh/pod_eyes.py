@@ -52,9 +52,6 @@ class Quiet:
         """Nothing can be undone."""
         return []
 
-    def close(self, site: Site, injection: Injection, step: Step) -> None:
-        """Nothing to do."""
-
 
 class WordEyes(Quiet):
     """For kinds of which nothing can be seen from outside: a shifted clock, a cloud's disk. The resource alone tells.
@@ -63,7 +60,7 @@ class WordEyes(Quiet):
     recovery has to: there is no other.
     """
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """What Chaos Mesh says."""
         kind = injection.undo["kind"]
         on = [one for one in those if states.is_on(one) and not is_one_shot(kind, mapping(one, "spec"))]
@@ -77,7 +74,7 @@ class WordEyes(Quiet):
 class GoneEyes(Quiet):
     """pod-kill: the frozen pods are gone or going."""
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """By uid: what replaced them is somebody else."""
         here: list[bool] = []
         lines: list[str] = []
@@ -103,7 +100,7 @@ class StartEyes(Quiet):
             step(done + 1, len(request.refs))
         return {"starts": found}
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """By container id."""
         over: list[bool] = []
         lines: list[str] = []
@@ -133,7 +130,7 @@ class ImageEyes(Quiet):
             }
         }
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """Present while an image or an annotation is Chaos Mesh's; effective when nothing of the service runs."""
         held: list[bool] = []
         down: list[bool] = []

@@ -69,7 +69,7 @@ class ResolverEyes:
     def reopen(self, site: Site, injection: Injection, step: Step) -> None:
         """Nothing to do."""
 
-    def look(self, site: Site, injection: Injection, those: list[Object]) -> Seen:
+    def look(self, site: Site, injection: Injection, those: list[Object], *, last: bool = False) -> Seen:
         """Present while the name servers are others than they were; effective where Chaos Mesh's stand there."""
         held: list[bool] = []
         lines: list[str] = []
@@ -96,9 +96,6 @@ class ResolverEyes:
                 said.append(f"{ref.shown}: its own {_FILE} was put back by us")
             step(0, 0)
         return said
-
-    def close(self, site: Site, injection: Injection, step: Step) -> None:
-        """Nothing to do."""
 
 
 def _servers(site: Site, ref: Ref, container: str) -> list[str]:
