@@ -108,6 +108,15 @@ def _library(app: App) -> Iterator[Finding]:
         yield Finding("library", "missing", str(checked.problems[0]), "mlchaos check")
     else:
         yield Finding("library", "ok", f"{checked.files} files, environment {app.environment.name}")
+        yield Finding("backends", "ok", _serving(app.environment))
+
+
+def _serving(environment: Environment) -> str:
+    """The backends, and which of them makes the faults that several could."""
+    backends = environment.backends
+    shared = {k for kinds in backends.values() for k in kinds if sum(k in others for others in backends.values()) > 1}
+    names = ", ".join(backends)
+    return f"{names}; {environment.prefer} makes {', '.join(sorted(shared))}" if shared else names
 
 
 def _leases(app: App) -> Iterator[Finding]:
@@ -130,7 +139,12 @@ def _leases(app: App) -> Iterator[Finding]:
         yield Finding("leases", "ok", "none open: nothing left behind")
     lever = StopFiles(app.settings.home).lever()
     if lever is not None:
-        yield Finding("lever", "missing", f"pulled ({lever}): no run may start", "mlchaos stop --release")
+        yield Finding(
+            "lever",
+            "missing",
+            f"pulled ({lever}): no run may start",
+            f"mlchaos stop --release -e {app.settings.environment}",
+        )
 
 
 def _sandbox(app: App) -> Iterator[Finding]:
