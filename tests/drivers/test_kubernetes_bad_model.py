@@ -10,12 +10,14 @@ import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes, KubernetesObjects, Target
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.kubernetes import rollout_actions
 from mlchaos_dagster.drivers.kubernetes.faults import bad_model, handler
 from mlchaos_dagster.engine.ports import no_step
-from mlchaos_dagster.errors import DriverError
-from mlchaos_dagster.kube.client import Cluster, Site
+from mlchaos_dagster.errors import DriverError, DriverUnavailable
+from mlchaos_dagster.kube.client import Cluster, NotFound, Site
 from mlchaos_dagster.kube.refs import Ref
 from mlchaos_dagster.kube.rollouts import HASH
+from mlchaos_dagster.kube.selecting import select
 from tests.kube.fake_api import Api, Crash
 from tests.kube.test_leases import a_lease
 
@@ -199,3 +201,26 @@ def test_a_rollout_that_is_not_at_rest_is_left_alone(status: dict[str, str]) -> 
     api.objects.clear()
     with pytest.raises(DriverError, match="is gone"):
         handler("bad_model").undo(site(api), request(), no_step)
+
+
+def test_a_cluster_that_knows_no_rollouts_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def list_of(path: str, **_: str) -> list[Object]:
+        raise NotFound(f"GET {path}: the server could not find the requested resource (404)", 404)
+
+    api = Api()
+    monkeypatch.setattr(api, "list", list_of)
+    with pytest.raises(DriverUnavailable, match="knows no Rollout; Argo Rollouts is not installed"):
+        select(site(api), request().target)
+
+
+def test_an_abort_is_asked_for_only_where_a_version_is_under_way() -> None:
+    api = server()
+    status = api.objects[ROLLOUT]["status"]
+    assert not rollout_actions.needs("abort_rollout", api.objects[ROLLOUT], {})
+    status |= {"currentPodHash": "b", "pauseConditions": [{"reason": "CanaryPauseStep"}]}
+    assert rollout_actions.needs("abort_rollout", api.objects[ROLLOUT], {})
+    assert rollout_actions.needs("resume_rollout", api.objects[ROLLOUT], {"retry": False})
+    status["abort"] = True
+    assert not rollout_actions.needs("abort_rollout", api.objects[ROLLOUT], {})
+    assert not rollout_actions.needs("resume_rollout", api.objects[ROLLOUT], {"retry": False})
+    assert rollout_actions.needs("resume_rollout", api.objects[ROLLOUT], {"retry": True})
