@@ -200,9 +200,9 @@ def test_a_bad_version_is_aborted_and_the_stable_one_serves_everything(
     with callers.asking():
         began = time.monotonic()
         lease = ship(faulting, driver)
-        eventually(lambda: driver.active(lease).effective, 60, every=0.5)
-        eventually(lambda: rollout(namespace)["status"].get("abort"), 60, every=0.5)
-        eventually(lambda: pods_of(namespace, "v2") == 0 and pods_of(namespace, "v1") == 4, 60, every=0.5)
+        eventually(lambda: driver.active(lease).effective, 150, every=0.5)
+        eventually(lambda: rollout(namespace)["status"].get("abort"), 150, every=0.5)
+        eventually(lambda: pods_of(namespace, "v2") == 0 and pods_of(namespace, "v1") == 4, 150, every=0.5)
         safe = time.monotonic()
         time.sleep(3)  # a while in which nothing may be wrong any more
     assert 0 < callers.share("wrong") <= 0.3, "a quarter of the pods, and the luck of the draw"
@@ -214,9 +214,8 @@ def test_a_bad_version_is_aborted_and_the_stable_one_serves_everything(
     now = rollout(namespace)
     assert now["status"]["phase"] == "Degraded" and now["status"]["stableRS"] == before["status"]["stableRS"]
     assert driver.active(lease).present, "what was shipped is in the template still"
-    driver.recover(lease)
-    assert not driver.active(lease).present
-    after = eventually(lambda: healthy(namespace) and rollout(namespace), 30)
+    recovered(driver, lease)
+    after = eventually(lambda: healthy(namespace) and rollout(namespace), 150, every=0.5)
     assert after["spec"]["template"] == before["spec"]["template"]
     assert after["status"]["currentPodHash"] == before["status"]["currentPodHash"]
     assert marks(namespace) == []
@@ -229,18 +228,29 @@ def test_without_analysis_all_answers_are_wrong_until_recovery(
     namespace: str, driver: KubernetesDriver, faulting: Faulting
 ) -> None:
     apply("teeth/no-analysis", namespace)
-    rested(namespace, 90)
+    rested(namespace)
     before = rollout(namespace)["spec"]["template"]
     callers = Callers(namespace)
     lease = ship(faulting, driver)
-    eventually(lambda: pods_of(namespace, "v1") == 0 and callers.all_say("wrong"), 120, every=0.5)
+    eventually(lambda: pods_of(namespace, "v1") == 0 and callers.all_say("wrong"), 150, every=0.5)
     found = rollout(namespace)["status"]
     assert found["phase"] == "Healthy", "nobody noticed"
     assert driver.active(lease).effective
     recover_elsewhere(lease)
-    eventually(lambda: healthy(namespace) and callers.all_say("right"), 60, every=0.5)
+    recovered(driver, lease)
+    eventually(lambda: healthy(namespace) and callers.all_say("right"), 150, every=0.5)
     assert not driver.active(lease).present and pods_of(namespace, "v2") == 0
     assert rollout(namespace)["spec"]["template"] == before and marks(namespace) == []
+
+
+def recovered(driver: KubernetesDriver, lease: Lease) -> None:
+    """As the engine does it: until the target says so. Bounds are for what hangs, not for a busy controller."""
+
+    def gone() -> bool:
+        driver.recover(lease)
+        return not driver.active(lease).present
+
+    eventually(gone, 180, every=1)
 
 
 def recover_elsewhere(lease: Lease) -> None:
@@ -266,13 +276,12 @@ def test_recovered_in_the_middle_of_the_canary_there_is_no_bad_pod_left(
 ) -> None:
     before, callers = rollout(namespace), Callers(namespace)
     lease = ship(faulting, driver)
-    eventually(lambda: pods_of(namespace, "v2") == 1, 30, every=0.5)
+    eventually(lambda: pods_of(namespace, "v2") == 1, 150, every=0.5)
     assert not rollout(namespace)["status"].get("abort")
-    driver.recover(lease)
-    assert not driver.active(lease).present
-    assert healthy(namespace) or eventually(lambda: healthy(namespace), 30)
+    recovered(driver, lease)
+    assert pods_of(namespace, "v2") == 0
+    rested(namespace)
     assert rollout(namespace)["spec"]["template"] == before["spec"]["template"]
-    eventually(lambda: pods_of(namespace, "v2") == 0, 20, every=0.5)
     assert callers.all_say("right")
 
 
@@ -302,10 +311,10 @@ def test_what_people_ship_meanwhile_stays(namespace: str, driver: KubernetesDriv
     people("v0")
     with pytest.raises(InjectFailed, match="not as it was: MODEL_VERSION is v0, it was v1"):
         driver.inject(lease)
-    driver.recover(lease)
+    recovered(driver, lease)
     assert marks(namespace) == []
     people("v1")
-    rested(namespace, 90)
+    rested(namespace)
     lease = ship(faulting, driver)
     people("v0")
     generation = rollout(namespace)["metadata"]["generation"]
@@ -313,7 +322,8 @@ def test_what_people_ship_meanwhile_stays(namespace: str, driver: KubernetesDriv
     driver.recover(lease)
     now = rollout(namespace)
     assert now["spec"]["template"] == template and now["metadata"]["generation"] == generation
-    assert marks(namespace) == [] and not driver.active(lease).present
+    recovered(driver, lease)
+    assert marks(namespace) == []
 
 
 @pytest.mark.req("R3-09")
@@ -329,20 +339,20 @@ def test_a_rollout_is_aborted_and_resumed_as_a_rollback_action(
         "-p",
         json.dumps([{"op": "replace", "path": "/spec/strategy/canary/steps/1", "value": {"pause": {}}}]),
     )
-    rested(namespace, 90)
+    rested(namespace)
     assert driver.affected("abort_rollout", TARGET, {}) == driver.affected("resume_rollout", TARGET, {}) == ()
     people = '[{"op":"replace","path":"/spec/template/spec/containers/0/env/0/value","value":"v2"}]'
     kubectl("patch", "rollout/inference", "-n", namespace, "--type=json", "-p", people)
-    eventually(lambda: driver.affected("resume_rollout", TARGET, {"retry": False}), 60, every=0.5)
+    eventually(lambda: driver.affected("resume_rollout", TARGET, {"retry": False}), 150, every=0.5)
     resume = faulting.lease("resume_rollout", "app=inference", objects=OBJECTS, retry=False)
     driver.inject(resume)
-    eventually(lambda: rollout(namespace)["status"]["currentStepIndex"] > 1, 20, every=0.5)
+    eventually(lambda: rollout(namespace)["status"]["currentStepIndex"] > 1, 150, every=0.5)
     assert not driver.active(resume).present
     abort = faulting.lease("abort_rollout", "app=inference", objects=OBJECTS)
     driver.inject(abort)
-    found = eventually(lambda: (s := rollout(namespace)["status"]) and s["phase"] == "Degraded" and s, 20)
+    found = eventually(lambda: (s := rollout(namespace)["status"]) and s["phase"] == "Degraded" and s, 150, every=0.5)
     assert found["abort"] is True and not driver.active(abort).present
-    eventually(lambda: pods_of(namespace, "v2") == 0, 60, every=0.5)
+    eventually(lambda: pods_of(namespace, "v2") == 0, 150, every=0.5)
     assert driver.affected("resume_rollout", TARGET, {"retry": False}) == ()
     assert driver.affected("resume_rollout", TARGET, {"retry": True}) == driver.resolve(TARGET)
     driver.recover(abort)
@@ -357,7 +367,7 @@ def line(namespace: str, context: str, kubeconfig: str, tmp_path: Path) -> Itera
     """`mlchaos` on the environment and the experiment that are shipped, with a sweeper in the test's namespace."""
     sweeping.install(namespace)
     kubectl("rollout", "status", "-n", namespace, "deployment/mlchaos-sweeper", "--timeout=60s", timeout=70)
-    eventually(lambda: sweeping.heart(namespace), 30, every=0.5)
+    eventually(lambda: sweeping.heart(namespace), 150, every=0.5)
     environment = yaml.safe_load(
         (LIBRARY / "environments" / "rollouts.yaml").read_text().replace("mlrollouts", namespace)
     )
@@ -382,7 +392,7 @@ def test_the_experiment_holds_with_the_analysis_and_deviates_without(
     namespace: str, line: CommandLine, overlay: str, outcome: str
 ) -> None:
     apply(overlay, namespace)
-    rested(namespace, 90)
+    rested(namespace)
     code, said, trouble = line("run", "canary-of-test", "-o", "json", timeout=240)
     found = json.loads(said)
     assert found["outcome"] == outcome, (code, said[-3000:], trouble[-2000:])
@@ -390,18 +400,18 @@ def test_the_experiment_holds_with_the_analysis_and_deviates_without(
         reasons = json.dumps(found)
         assert "golden_error_rate" in reasons and "rolled_back" in reasons
     assert sweeping.open_leases(namespace) == [] and marks(namespace) == []
-    eventually(lambda: healthy(namespace) and Callers(namespace).all_say("right"), 60, every=0.5)
+    eventually(lambda: healthy(namespace) and Callers(namespace).all_say("right"), 150, every=0.5)
 
 
 @pytest.mark.req("R0-10", "RX-01")
 def test_a_run_that_is_killed_in_mid_canary_is_cleaned_up_by_the_sweeper(namespace: str, line: CommandLine) -> None:
     before = rollout(namespace)["spec"]["template"]
     run = line.start("run", "canary-of-test")
-    eventually(lambda: pods_of(namespace, "v2") == 1, 90, every=0.5)
+    eventually(lambda: pods_of(namespace, "v2") == 1, 150, every=0.5)
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     for pid in (*map(int, children), run.pid):
         os.kill(pid, signal.SIGKILL)
     run.wait()
-    eventually(lambda: not sweeping.open_leases(namespace), sweeping.TTL_S + 40)
+    eventually(lambda: not sweeping.open_leases(namespace), sweeping.TTL_S + 150, every=1)
     assert rollout(namespace)["spec"]["template"] == before and marks(namespace) == [] and pods_of(namespace, "v2") == 0
-    rested(namespace, 90)
+    rested(namespace)
