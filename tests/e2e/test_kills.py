@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.kills import FAULTS, VICTIMS, Trial, jobs_for, lane
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 KILLS = 6
 KINDS = 2
 LANES = 2

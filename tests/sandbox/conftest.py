@@ -93,7 +93,7 @@ def shared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platfor
     directory = tmp_path_factory.getbasetemp() / "shared-sandbox"
     try:
         # Repeated kills of one replica must not make the later tests wait for its back-off.
-        up(directory, SandboxConfig(replicas=2, backoff_max_s=0.3, breaker_open_s=0.5))
+        up(directory, SandboxConfig(replicas=2, backoff_max_s=0.3, breaker_open_s=0.5), timeout_s=150)
         yield Platform(directory)
     finally:
         evidence = down(directory)
@@ -121,7 +121,7 @@ def training_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platf
     """A second sandbox, with object store and trainers: the shared one is to stay as small as its tests expect it."""
     directory = tmp_path_factory.getbasetemp() / "training-sandbox"
     try:
-        up(directory, SandboxConfig(replicas=1, backoff_max_s=0.3), parts=["storage"])
+        up(directory, SandboxConfig(replicas=1, backoff_max_s=0.3), parts=["storage"], timeout_s=150)
         yield Platform(directory)
     finally:
         evidence = down(directory)
@@ -143,7 +143,7 @@ def jobs_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]
     directory = tmp_path_factory.getbasetemp() / "jobs-sandbox"
     try:
         config = SandboxConfig(replicas=1, backoff_initial_s=0.1, backoff_max_s=0.3, breaker_open_s=0.3)
-        up(directory, config, parts=["tracking", "queue"])
+        up(directory, config, parts=["tracking", "queue"], timeout_s=150)
         yield Platform(directory)
     finally:
         evidence = down(directory)

@@ -110,10 +110,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     directory = tmp_path_factory.mktemp("features")
     try:
         config = SandboxConfig(replicas=1, entities=60, feature_cache_limit_s=4.0, backoff_initial_s=0.05)
-        up(directory, config)
+        up(directory, config, timeout_s=150)
         platform = Platform(directory)
         platform.ages_before = _get(platform, "/features")["ages_s"].values()  # type: ignore[attr-defined]
-        up(directory, config, parts=["features"])
+        up(directory, config, parts=["features"], timeout_s=150)
         yield platform
     finally:
         evidence = down(directory)

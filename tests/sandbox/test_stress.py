@@ -24,7 +24,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """One replica with a limit of 300 MiB, and the autoscaler."""
     directory = tmp_path_factory.mktemp("stress")
     try:
-        up(directory, SandboxConfig(replicas=1, memory_limit_bytes=LIMIT), parts=["scaling"])
+        up(directory, SandboxConfig(replicas=1, memory_limit_bytes=LIMIT), parts=["scaling"], timeout_s=150)
         yield Platform(directory)
     finally:
         evidence = down(directory)
