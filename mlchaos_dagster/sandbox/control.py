@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
+from . import account
 from .config import MAX_REPLICAS
 from .faults import Refused
 from .lifeline import listen
@@ -50,7 +51,7 @@ def _health(app: web.Application, supervisor: Supervisor) -> None:
         return web.json_response({"alive": True})
 
     async def ready(request: web.Request) -> web.Response:
-        done = (await supervisor.status())["ready"]
+        done = (await account.status(supervisor))["ready"]
         return web.json_response({"ready": done}, status=200 if done else 503)
 
     app.router.add_get("/healthz", health)
@@ -60,10 +61,10 @@ def _health(app: web.Application, supervisor: Supervisor) -> None:
 
 def _routes(app: web.Application, supervisor: Supervisor) -> None:
     async def status(request: web.Request) -> Any:
-        return await supervisor.status()
+        return await account.status(supervisor)
 
     async def signals(request: web.Request) -> Any:
-        return supervisor.signals()
+        return account.signals(supervisor)
 
     async def add_fault(request: web.Request) -> Any:
         return await supervisor.book.add(await _json(request))

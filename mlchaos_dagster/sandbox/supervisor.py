@@ -24,6 +24,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from . import account
 from .config import SandboxConfig
 from .connections import Connections
 from .control import serve
@@ -31,7 +32,7 @@ from .fault_book import FaultBook
 from .faults import Refused
 from .handlers import build
 from .limits import MemoryLimits
-from .parts import Part, View, part, with_required
+from .parts import Part, part, with_required
 from .request_ring import Counts, RequestRing
 from .service import TOKEN_HEADER
 from .slots import Slot
@@ -39,8 +40,6 @@ from .state_file import StateFile
 from .truth import TruthLog
 
 _STATE_EVERY_S = 0.1
-_STATE_LASTS_S = 1.0
-"""What a process said of itself longer ago than this is not what it says now."""
 _POLL_S = 0.1
 _POLL_STEADY_S = 0.5
 _POLL_STARTING_S = 0.2
@@ -74,7 +73,7 @@ class Supervisor:
         self.limits = MemoryLimits(self.slots, config.memory_limit_bytes, self.truth)
         self.requests = RequestRing(self._count_requests)
         self.session: aiohttp.ClientSession
-        self._me = psutil.Process()
+        self.me = psutil.Process()
         self._state = StateFile(directory)
         self._dirty = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -251,7 +250,7 @@ class Supervisor:
         while self.slots.get(slot.name) is slot and not self.stop.is_set():
             if slot.port is not None and slot.running:
                 pid = slot.pid
-                ready = (await self._readyz(slot))[0]
+                ready = (await self.readyz(slot))[0]
                 if slot.pid == pid and slot.running and slot.port is not None:
                     slot.mark_ready(ready)
             if not slot.ready:
@@ -259,7 +258,8 @@ class Supervisor:
             else:
                 await asyncio.sleep(_POLL_S if slot.role == "inference" else _POLL_STEADY_S)
 
-    async def _readyz(self, slot: Slot) -> tuple[bool, str]:
+    async def readyz(self, slot: Slot) -> tuple[bool, str]:
+        """Whether a process says that it is ready, and why not."""
         if slot.port is None or not slot.running:
             return False, "not running"
         try:
@@ -306,92 +306,12 @@ class Supervisor:
             self._write_state()
 
     def _write_state(self) -> None:
-        children = {n: {"pid": s.pid, "create_time": s.create_time} for n, s in self.slots.items() if s.pid}
-        gateway = self.slots["gateway"].last_port
-        state: dict[str, Any] = {
-            "pid": os.getpid(),
-            "create_time": self._me.create_time(),
-            "control_url": f"http://127.0.0.1:{self.control_port}",
-            "token": self.token,
-            "gateway_url": f"http://127.0.0.1:{gateway}" if gateway else None,
-            "ports": {name: slot.last_port for name, slot in self.slots.items()},
-            "link_ports": self._link_ports(),
-            "children": children,
-            "config": self.config.to_dict(),
-            "started_at": self.started_at,
-            "parts": list(self.parts),
-        }
-        for one in self.parts.values():
-            state |= one.facts(self) if one.facts is not None else {}
-        self._state.write(state)
+        self._state.write(account.state(self))
 
-    def _link_ports(self) -> dict[str, int]:
+    def link_ports(self) -> dict[str, int]:
+        """Link → the port that its callers use."""
         ports = self.connections.ports
         return {link: ports[link] for link in self.connections.links() if link in ports}
-
-    # -- what it says of itself -------------------------------------------------------------------------------------
-
-    async def status(self) -> dict[str, Any]:
-        """Everything, asked of the processes themselves just now."""
-        slots = list(self.slots.values())
-        readiness, faults = await asyncio.gather(
-            asyncio.gather(*(self._readyz(slot) for slot in slots)), self.book.present()
-        )
-        processes = [
-            {
-                "name": slot.name,
-                "role": slot.role.replace("_", "-"),
-                "pid": slot.pid if slot.running else None,
-                "alive": slot.running,
-                "ready": ready,
-                "reason": reason,
-                "restarts": slot.restarts,
-                "oom_kills": slot.oom_kills,
-                "port": slot.port,
-                "url": f"http://127.0.0.1:{slot.port}" if slot.port else None,
-                "held_by": sorted({hold.split("/")[0] for hold in slot.holds}),
-            }
-            for slot, (ready, reason) in zip(slots, readiness, strict=True)
-        ]
-        complete = self._complete(processes)
-        links = self._link_ports()
-        return {
-            "directory": str(self.directory),
-            "supervisor": {"pid": os.getpid(), "create_time": self._me.create_time(), "started_at": self.started_at},
-            "control_url": f"http://127.0.0.1:{self.control_port}",
-            "gateway_url": next((p["url"] for p in processes if p["name"] == "gateway"), None),
-            "ready": complete and all(process["ready"] for process in processes),
-            "replicas": self.replicas,
-            "parts": ["serving", *self.parts],
-            "mechanisms": dict(self.config.mechanisms),
-            "model_sha256": self.model_sha256,
-            "processes": processes,
-            "links": {name: {"port": port, "url": f"http://127.0.0.1:{port}"} for name, port in links.items()},
-            "faults": faults["faults"],
-            "unanswered": faults["unanswered"],
-        }
-
-    def signals(self) -> dict[str, float]:
-        """Gauges that cost nothing to read: for somebody who asks twenty times a second."""
-        replicas = [slot for slot in self.slots.values() if slot.role == "inference"]
-        found: dict[str, float] = {
-            "ready_replicas": sum(slot.ready for slot in replicas),
-            "running_replicas": sum(slot.running for slot in replicas),
-            "restarts": sum(slot.restarts for slot in self.slots.values()),
-            "oom_kills": sum(slot.oom_kills for slot in self.slots.values()),
-        }
-        since = time.monotonic() - _STATE_LASTS_S
-        states = {name: state for name, (at, state) in self.states.items() if at >= since}
-        view = View(self.slots, states, self.directory)
-        for one in self.parts.values():
-            found |= one.read(view) if one.read is not None else {}
-        return found
-
-    def _complete(self, processes: list[dict[str, Any]]) -> bool:
-        """True when all replicas have slots and the gateway was told of all that are ready."""
-        ready = sum(process["ready"] for process in processes if process["role"] == "inference")
-        replicas = sum(process["role"] == "inference" for process in processes)
-        return replicas == self.replicas and self.connections.complete(ready)
 
 
 def _detach() -> None:
