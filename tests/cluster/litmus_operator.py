@@ -523,7 +523,7 @@ def _alive(pod: dict[str, Any]) -> bool:
 
 def _pod_spec(grace: Any) -> dict[str, Any]:
     container = {"name": "main", "image": IMAGE, "imagePullPolicy": "IfNotPresent", "resources": TINY}
-    command = ["python3", "-S", "-c", "import signal; signal.signal(15, lambda *_: exit(0)); signal.pause()"]
+    command = ["tini", "--", "sleep", "1000"]  # a first process that hears its termination from the beginning
     spec: dict[str, Any] = {"restartPolicy": "Never", "containers": [{**container, "command": command}]}
     return spec | ({"terminationGracePeriodSeconds": int(grace)} if grace else {})
 
