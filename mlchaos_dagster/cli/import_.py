@@ -61,7 +61,7 @@ def _open_to_all(environment: Environment, brought: list[Brought]) -> Environmen
 
 def _texts(app: App, brought: list[Brought], found: list[Placed]) -> dict[str, str]:
     """Path in a library → what is written there."""
-    from mlchaos_dagster.domain.manifests.drafts import body, name_of, suite_of, to_yaml
+    from mlchaos_dagster.domain.manifests.drafts import body, name_of, spoken, suite_of, to_yaml
 
     known, suites = set(app.catalog.names("experiment")), set(app.catalog.names("suite"))
     written: dict[str, str] = {}
@@ -78,13 +78,13 @@ def _texts(app: App, brought: list[Brought], found: list[Placed]) -> dict[str, s
                     f'the experiment "{name}" comes from two files. Allowed: import them into two libraries.',
                     one.source,
                 )
-            written[path] = f"# {draft.what}, from {one.source}\n{to_yaml(values)}"
+            written[path] = f"# {draft.what}, from {spoken(one.source)}\n{to_yaml(values)}"
             names.append(name)
         for suite in one.suites:
             if names:
                 name = name_of("brought", suite.name) if suite.name in suites else suite.name
                 written[f"suites/{name}.yaml"] = (
-                    f"# from {one.source}\n{to_yaml(suite_of(replace(suite, name=name), names))}"
+                    f"# from {spoken(one.source)}\n{to_yaml(suite_of(replace(suite, name=name), names))}"
                 )
     return written
 

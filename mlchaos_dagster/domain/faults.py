@@ -5,6 +5,7 @@ A new fault is one class here, one handler in a driver and one YAML.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -324,6 +325,10 @@ class ModelChaos(FaultBase):
         }
 
 
+OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+"""Name of an object of Kubernetes."""
+
+
 class LitmusEngine(FaultBase):
     """A team's own ChaosEngine of one experiment, run by Litmus (`mlchaos import` writes it)."""
 
@@ -342,6 +347,14 @@ class LitmusEngine(FaultBase):
             raise ValueError(f"experiments has {len(found)} entries. Allowed: one; `mlchaos import` splits an engine")
         if not isinstance(found[0], dict) or not isinstance(cast("dict[str, Any]", found[0]).get("name"), str):
             raise ValueError("experiments[0].name is missing. Allowed: a name of Litmus, such as pod-delete")
+        # both become part of a path of the API
+        names: tuple[tuple[str, Any], ...] = (
+            ("experiments[0].name", cast("dict[str, Any]", found[0])["name"]),
+            ("chaosServiceAccount", engine.get("chaosServiceAccount")),
+        )
+        for field, name in names:
+            if name is not None and not (isinstance(name, str) and OBJECT_NAME.fullmatch(name)):
+                raise ValueError(f"{field} is not the name of an object. Allowed: lower-case letters, digits, dashes")
         return engine
 
     def params(self) -> dict[str, Any]:
@@ -362,7 +375,7 @@ class ChaosMeshResource(FaultBase):
         if unknown := sorted(set(resource) - {"kind", "spec", "annotations", "labels"}):
             raise ValueError(f"{unknown[0]} is no such field. Allowed: kind, spec, annotations, labels")
         kind = resource.get("kind")
-        if not isinstance(kind, str) or not kind.endswith("Chaos"):
+        if not isinstance(kind, str) or not re.fullmatch("[A-Z][A-Za-z]{1,40}Chaos", kind):
             raise ValueError("kind is not that of a fault of Chaos Mesh. Allowed: such as NetworkChaos")
         if not isinstance(resource.get("spec"), dict):
             raise ValueError("spec is missing. Allowed: the spec of the resource")

@@ -12,6 +12,7 @@ import yaml
 from mlchaos_dagster.catalog import SHIPPED, Catalog
 from mlchaos_dagster.cli.app import App
 from mlchaos_dagster.cli.run import Request, prepare
+from mlchaos_dagster.domain.parsing import parse_experiment
 from tests.cli.conftest import Cli, fingerprint
 from tests.domain.test_manifests import ENGINE
 from tests.domain.test_manifests_chaos_mesh import DELAY, SCHEDULE
@@ -149,3 +150,14 @@ def test_import_prints_what_the_environment_needs(cli: Cli, engine: Path) -> Non
     needed = yaml.safe_load(found["environment"])
     assert needed["backends"] == {"litmus": ["litmus_engine"]}
     assert needed["targets"]["shop-web"]["kubernetes"] == {"namespace": "shop"}
+
+
+def test_words_of_a_file_cannot_become_lines_of_ours(cli: Cli, engine: Path) -> None:
+    engine.write_text(ENGINE.replace("name: web-chaos", r'name: "x\nname: ../../evil\r[31m\n---"'))
+    found = json.loads(cli("import", engine, "-o", "json").out)
+    ((path, text),) = found["files"].items()
+    assert path == "experiments/brought/x-name-evil-31m.yaml"
+    assert [line for line in text.splitlines() if line.startswith(("#", "name:", "---"))][1:] == [
+        "name: x-name-evil-31m"
+    ]
+    assert parse_experiment(text).name == "x-name-evil-31m"

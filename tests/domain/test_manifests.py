@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,6 +171,10 @@ REFUSED = [
     ('value: "60"', 'value: "0"', "TOTAL_CHAOS_DURATION: 0 is not more than zero."),
     ("name: TOTAL", "nam: TOTAL", 'no such field. Did you mean "name"?'),
     ("name: pod-delete", "name: gpu-temperature", 'Litmus has no experiment "gpu-temperature", and we none that is the same. Natively: gpu_mem'),
+    ("name: pod-delete", "name: a/../b", "is not the name of an object"),
+    ("chaosServiceAccount: sa", "chaosServiceAccount: ../x", "is not the name of an object"),
+    ("appns: shop", "appns: ../x", "is not the name of an object"),
+    ("namespace: shop", "namespace: a/b", "is not the name of an object"),
     ("litmuschaos.io/v1alpha1", "litmuschaos.io/v1", 'Did you mean "litmuschaos.io/v1alpha1"?'),
     ("kind: ChaosEngine", "kind: ChaosEngin", 'kind: "ChaosEngin" is not known. Did you mean "ChaosEngine"?'),
     ("appns: shop, applabel: app=web", "applabel: 'app in web;x'", "is not a label selector"),
@@ -371,6 +376,21 @@ def test_every_other_experiment_of_the_user_can_be_placed(name: str, kind: str, 
     if name == "fragment-pod-network-latency.yaml":
         assert probe_of(found)["runProperties"]["probeTimeout"] == "5s"
         assert "curl" in probe_of(found)["cmdProbe/inputs"]["command"]
+
+
+@pytest.mark.req("R3-01")
+def test_what_the_user_wrote_has_the_form_that_the_api_server_takes_and_before_had_not() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    path = USER.parent / "litmus" / "crds" / "chaosengine_crd.yaml"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    versions = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
+    schema = jsonschema.Draft202012Validator(versions[0]["schema"]["openAPIV3Schema"]["properties"]["spec"])
+    names = [p.name for p in sorted(USER.iterdir()) if p.name.startswith(("engine", "fragment", "schedule"))]
+    engines = [d.fault["engine"] for n in names for d in user_file(n).drafts if "engine" in d.fault]
+    assert len(engines) == 7 and not [e.message for one in engines for e in schema.iter_errors(one)]
+    raw = yaml.safe_load((USER / "engine-api-gateway-pod-delete.yaml").read_text())["spec"]
+    assert "5 is not of type 'string'" in [e.message for e in schema.iter_errors(raw)]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_the_users_schedule_is_the_night_of_working_days() -> None:
         "days": ["mon", "tue", "wed", "thu", "fri"],
         "min_interval": "8h",
     }
+    assert "the environment needs kubernetes: {litmus: {namespace: chaos-engineering}}" in said(found)
     assert "hour: {everyNthHour: 8}" in said(found) and "repeat.properties" in said(found)
     suite_of(suite, ["x"])
 

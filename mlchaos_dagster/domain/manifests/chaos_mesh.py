@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of
+from mlchaos_dagster.domain.faults import OBJECT_NAME
+from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of, spoken
 from mlchaos_dagster.domain.manifests.shapes import (
     TEXT_MAP,
     TEXTS,
@@ -285,7 +286,9 @@ def resource(
             f"the same is to be had natively, without it: fault {native}."
         )
     fault = {"kind": "chaos_mesh_resource", "resource": {"kind": kind, **meta, "spec": spec}}
-    brought.drafts.append(Draft(name_of(name), words, fault, duration, radius, chosen, look.document.where(path)))
+    brought.drafts.append(
+        Draft(name_of(name), spoken(words), fault, duration, radius, chosen, look.document.where(path))
+    )
 
 
 def _stress(kind: str, spec: dict[str, Any]) -> str | None:
@@ -395,6 +398,10 @@ def _selection(look: Looker, spec: dict[str, Any], path: Path) -> Selection:
     spaces = texts(selector.get("namespaces"))
     if len(spaces) > 1:
         return Selection(why_none=f"its selector takes pods of {len(spaces)} namespaces, and a target is pods of one")
+    for space in (*spaces, *(s for s in (_own_namespace(look),) if s)):
+        if not OBJECT_NAME.fullmatch(space):
+            look.problem(path, f'"{space[:60]}" is not a namespace. Allowed: lower-case letters, digits and dashes.')
+            return Selection(why_none="its namespace is wrong")
     wanted = [f"{key}={value}" for key, value in part(selector.get("labelSelectors")).items()]
     wanted += [_expression(e) for e in entries(selector.get("expressionSelectors"))]
     if not wanted:

@@ -110,6 +110,11 @@ class Placed:
     """The target that was added, by name."""
 
 
+def spoken(text: str) -> str:
+    """A few words of somebody else's file, fit for a title, a line of a terminal and a comment."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:160]
+
+
 def name_of(*words: str) -> str:
     """A name as ours are: lower-case letters, digits and dashes."""
     text = re.sub(r"[^a-z0-9]+", "-", "-".join(w for w in words if w).lower()).strip("-")

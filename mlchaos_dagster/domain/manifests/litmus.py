@@ -11,9 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of
+from mlchaos_dagster.domain.faults import OBJECT_NAME
+from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of, spoken
 from mlchaos_dagster.domain.manifests.probes import PROBE, probes
-from mlchaos_dagster.domain.manifests.shapes import TEXT_MAP, TEXTS, Each, Fields, Looker, Words, entries, go_seconds, text_at
+from mlchaos_dagster.domain.manifests.shapes import (
+    TEXT_MAP,
+    TEXTS,
+    Each,
+    Fields,
+    Looker,
+    Words,
+    entries,
+    go_seconds,
+    text_at,
+)
 from mlchaos_dagster.domain.nodes import Node, Path
 from mlchaos_dagster.domain.parsing import nearest
 
@@ -196,8 +207,16 @@ def engine(look: Looker, node: Node, brought: Brought, path: Path, name: str, of
     if not spec.get("chaosServiceAccount"):
         look.note(path, "missing field chaosServiceAccount: that of the environment is taken.", key=True)
         spec.pop("chaosServiceAccount", None)
+    _is_name(look, spec.get("chaosServiceAccount"), (*path, "chaosServiceAccount"))
     meta = _metadata(look) if path in (("spec",), ("spec", "engineTemplateSpec")) else {}
-    chosen = _selected(look, node, spec, path, meta.pop("namespace", ""))
+    home = meta.pop("namespace", "")
+    chosen = _selected(look, node, spec, path, home)
+    if home and chosen.namespace not in ("", home):
+        what = (
+            f'"{home[:63]}" is not the namespace of its pods: for an engine, its service account and its ChaosExperiment '
+            f"there, the environment needs kubernetes: {{litmus: {{namespace: {home[:63]}}}}}."
+        )
+        look.note(("metadata", "namespace"), what)
     for i, entry in enumerate(listed):
         suffix = str(entry.get("name", "")) if len(listed) > 1 else ""
         one = _Entry(look, entry, (*path, "experiments", i), {**spec, **meta}, chosen)
@@ -225,7 +244,16 @@ def _metadata(look: Looker) -> dict[str, Any]:
         marks = cast("dict[str, str]", found.get(key) or {})
         if kept_marks := {k: v for k, v in marks.items() if _KEPT_ANNOTATIONS.match(k)}:
             kept[key] = kept_marks
+    _is_name(look, found.get("namespace"), ("metadata", "namespace"))
     return {**kept, "namespace": str(found.get("namespace") or "")}
+
+
+def _is_name(look: Looker, name: Any, path: Path) -> None:
+    """Names become parts of paths of the API."""
+    if name not in (None, "") and not OBJECT_NAME.fullmatch(str(name)):
+        look.problem(
+            path, f'"{str(name)[:60]}" is not the name of an object. Allowed: lower-case letters, digits and dashes.'
+        )
 
 
 def _selected(look: Looker, node: Node, spec: Mapping[str, Any], path: Path, namespace: str) -> Selection:
@@ -245,6 +273,7 @@ def _selected(look: Looker, node: Node, spec: Mapping[str, Any], path: Path, nam
             (*path, "appinfo", "applabel"), f'"{label[:80]}" is not a label selector. Allowed: such as app=web.'
         )
         return Selection(why_none="its applabel is wrong")
+    _is_name(look, app.get("appns"), (*path, "appinfo", "appns"))
     return Selection(namespace=app.get("appns") or namespace, select=label)
 
 
@@ -267,6 +296,7 @@ def _selectors(look: Looker, selectors: dict[str, Any], path: Path) -> Selection
         return Selection(why_none="its selectors name a workload by name, and a target is pods by their labels")
     if not _is_selector(str(one["labels"])):
         look.problem((*path, "workloads", 0, "labels"), "not a label selector. Allowed: such as app=web.")
+    _is_name(look, one.get("namespace"), (*path, "workloads", 0, "namespace"))
     return Selection(namespace=str(one.get("namespace", "")), select=str(one["labels"]))
 
 
@@ -297,6 +327,7 @@ class _Entry:
     def draft(self, brought: Brought, name: str, of: str) -> None:
         if not self.kind:
             return
+        _is_name(self.look, self.kind, (*self.path, "name"))
         self._read_env()
         native = self._native(brought)
         if native is None and _NOT_OF_LITMUS.match(self.kind):
@@ -313,7 +344,7 @@ class _Entry:
             self._known(brought)
             fault, what = {"kind": "litmus_engine", "engine": self._engine()}, f"{self.kind} of {of}"
         where = self.look.document.where((*self.path, "name"))
-        brought.drafts.append(Draft(name, what, fault, duration, radius, chosen, where))
+        brought.drafts.append(Draft(name, spoken(what), fault, duration, radius, chosen, where))
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
