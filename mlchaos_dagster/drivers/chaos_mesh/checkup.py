@@ -29,6 +29,7 @@ from mlchaos_dagster.drivers.cluster.points import (
     variable,
     version,
 )
+from mlchaos_dagster.kube import reach
 from mlchaos_dagster.kube.client import ApiRefused, Forbidden, Site
 from mlchaos_dagster.kube.objects import Object, items, text
 from mlchaos_dagster.kube.selecting import select
@@ -212,6 +213,13 @@ def _ours(site: Site, environment: Environment) -> Iterator[Point]:
 
     kinds = (set(environment.backends.get("chaos_mesh", tuple(HANDLERS))) & HANDLERS.keys()) - {BROUGHT}
     asked = needed(site, environment, kinds, HANDLERS.__getitem__)
+    for space in sorted(
+        reach.beyond(site.cluster, site.options.control_namespace, spaces(site, environment), "chaos_mesh")
+    ):
+        saw = f"the sweeper could not take such a fault away in namespace {space}"
+        yield Point(
+            "chaos_mesh: sweeper", "missing", saw, f"kubectl apply -n {space} -k manifests/rbac/chaos_mesh/namespace"
+        )
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
         whole = f"kubectl apply -n {namespace} -k manifests/rbac/chaos_mesh/namespace"

@@ -9,6 +9,7 @@ from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Request
 from mlchaos_dagster.drivers.cluster.preflight import is_ready
 from mlchaos_dagster.engine.ports import Objection
+from mlchaos_dagster.errors import DriverUnavailable
 from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import Ref
@@ -92,6 +93,13 @@ def _refused(site: Site, made: Object) -> Iterator[Objection]:
         site.cluster.create(place, made, dryRun="All")
     except ApiRefused as e:
         yield Objection(f"Chaos Mesh would not take the {text(made, 'kind')}: {told(e)}", _remedy(e))
+    except DriverUnavailable:
+        site.cluster.version()  # is it the API server itself?
+        yield Objection(
+            f"the webhooks of Chaos Mesh do not answer within {site.cluster.timeout_s:g} s",
+            f"a controller that has time: kubectl -n {site.options.chaos_mesh.system_namespace} logs "
+            "deployment/chaos-controller-manager",
+        )
 
 
 def told(error: ApiRefused) -> str:
