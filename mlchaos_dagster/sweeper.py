@@ -32,7 +32,7 @@ from mlchaos_dagster.kube.client import Cluster, Conflict
 from mlchaos_dagster.kube.lease_objects import Head, identity, now
 from mlchaos_dagster.kube.leases import SWEEPER, ClusterLedger, collection
 from mlchaos_dagster.kube.objects import text
-from mlchaos_dagster.kube.reach import REACHES, Reach
+from mlchaos_dagster.kube.reach import Reach
 from mlchaos_dagster.kube.refs import Ref
 
 TICK_S = 1.0
@@ -112,7 +112,7 @@ class Heart:
             "name": SWEEPER,
             "namespace": self.namespace,
             "labels": {labels.MANAGED_BY: labels.OURS, labels.COMPONENT: "sweeper"},
-            "annotations": {REACHES: self._reach.told()},
+            "annotations": self._reach.annotations(),
         }
         if version:
             metadata["resourceVersion"] = version

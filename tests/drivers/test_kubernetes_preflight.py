@@ -374,6 +374,25 @@ def test_a_namespace_where_the_sweeper_could_take_nothing_away(monkeypatch: pyte
     assert said.endswith("it could not take the fault away | kubectl apply -n ml -k manifests/rbac/namespace")
 
 
+def test_what_another_tool_makes_the_sweeper_must_be_able_to_take_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "_TOLD_WITHIN_S", -1.0)
+    cluster = Paper(PODS)
+    heart: dict[str, Any] = {"metadata": {"annotations": {reach.REACHES: "ml"}}}
+    cluster.places["/apis/coordination.k8s.io/v1/namespaces/mlchaos-system/leases/mlchaos-sweeper"] = heart
+
+    def missed(backend: str) -> set[str]:
+        return reach.beyond(cast(Cluster, cluster), "mlchaos-system", {"ml"}, backend)
+
+    assert missed("litmus") == set(), "a sweeper that does not tell yet"
+    heart["metadata"]["annotations"][reach.REACHES_TOOLS] = "ml/chaos_mesh other/litmus"
+    assert (missed("litmus"), missed("chaos_mesh"), missed("kubernetes")) == ({"ml"}, set(), set())
+
+    cluster.places["/api/v1/namespaces"] = [{"metadata": {"name": "ml"}}]
+    cluster.denied = {"podchaos"}
+    told = reach.Reach(cast(Cluster, cluster), cast(Clock, SimpleNamespace(monotonic=lambda: 0.0))).annotations()
+    assert told == {reach.REACHES: "ml", reach.REACHES_TOOLS: "ml/litmus"}
+
+
 def test_the_sweeper_tells_where_it_may_mend_and_forgets_nothing_in_an_outage() -> None:
     cluster, now = Paper([]), [0.0]
     names = [{"metadata": {"name": n}} for n in ("b", "a", "unbound")]

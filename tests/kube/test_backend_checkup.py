@@ -14,6 +14,7 @@ from mlchaos_dagster.drivers.chaos_mesh import checkup as chaos_mesh
 from mlchaos_dagster.drivers.cluster.points import Point, version
 from mlchaos_dagster.drivers.litmus import checkup as litmus
 from mlchaos_dagster.drivers.litmus.faults import EXPERIMENTS
+from mlchaos_dagster.kube import reach
 from mlchaos_dagster.kube.client import ApiRefused, Cluster, Forbidden, Permission, Site
 
 SPACE = "mlplatform"
@@ -22,6 +23,20 @@ PODS = f"/api/v1/namespaces/{SPACE}/pods"
 EXPERIMENTS_AT = f"/apis/litmuschaos.io/v1alpha1/namespaces/{SPACE}/chaosexperiments"
 SYSTEM = "/api/v1/namespaces/chaos-mesh/pods"
 CONTROLLERS = "/apis/apps/v1/namespaces/chaos-mesh/deployments"
+
+
+HEART = "/apis/coordination.k8s.io/v1/namespaces/mlchaos-system/leases/mlchaos-sweeper"
+
+
+def heart(tool: str) -> dict[str, Any]:
+    """Of a sweeper that has rights for one tool."""
+    return {"metadata": {"annotations": {reach.REACHES: SPACE, reach.REACHES_TOOLS: f"{SPACE}/{tool}"}}}
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rights that were bound a moment ago are not waited for."""
+    monkeypatch.setattr(reach, "_TOLD_WITHIN_S", -1.0)
 
 
 def resources(*names: str) -> dict[str, Any]:
@@ -193,6 +208,11 @@ LITMUS: dict[str, tuple[Callable[[Installed], Any], str, str]] = {
         f"litmus: helpers in {SPACE}",
         f"kubectl label namespace {SPACE} pod-security.kubernetes.io/enforce=privileged --overwrite",
     ),
+    "sweeper's rights": (
+        lambda cluster: cluster.places.update({HEART: heart("chaos_mesh")}),
+        "litmus: sweeper",
+        f"kubectl apply -n {SPACE} -k manifests/rbac/litmus/namespace",
+    ),
     "our rights": (
         lambda cluster: cluster.denied.add("chaosresults"),
         "litmus: our rights",
@@ -243,6 +263,11 @@ CHAOS_MESH: dict[str, tuple[Callable[[Installed], Any], str, str]] = {
         lambda cluster: setattr(cluster, "webhook", refusing("failed calling webhook: no endpoints available")),
         f"chaos_mesh: webhook in {SPACE}",
         "kubectl get pods,endpoints -n chaos-mesh",
+    ),
+    "sweeper's rights": (
+        lambda cluster: cluster.places.update({HEART: heart("litmus")}),
+        "chaos_mesh: sweeper",
+        f"kubectl apply -n {SPACE} -k manifests/rbac/chaos_mesh/namespace",
     ),
     "our rights": (
         lambda cluster: cluster.denied.add("podchaos"),

@@ -72,7 +72,7 @@ class ClusterDriver:
         site, chosen = self._reached("preflight"), self.handler(kind)
         request = Request(kind, _refs(targets), _refs(existing), params, target)
         try:
-            return tuple(preflight.objections(site, request, chosen))
+            return tuple(preflight.objections(site, request, chosen, self.name))
         except ApiRefused as e:
             raise DriverUnavailable(str(e), driver=self.name, verb="preflight") from e
 

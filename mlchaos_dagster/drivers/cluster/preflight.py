@@ -28,15 +28,15 @@ BASE = (
 """What these guards themselves need; `{namespace}`: of each target."""
 
 
-def objections(site: Site, request: Request, handler: Handler) -> Iterator[Objection]:
-    """Everything that speaks against making this fault now."""
+def objections(site: Site, request: Request, handler: Handler, backend: str = "kubernetes") -> Iterator[Objection]:
+    """Everything that speaks against `backend` making this fault now."""
     closed = list(_opted_in(site, request)) + list(_kind_fits(request, handler))
     yield from closed
     missing = list(_permitted(site, request, handler))
     yield from missing
     if closed or missing:  # what follows would only repeat it, or could not be read
         return
-    yield from _within_reach(site, request)
+    yield from _within_reach(site, request, backend)
     pods = _pods(site, request)
     yield from _untouched(request, pods)
     yield from _ready(site, request, pods)
@@ -104,13 +104,14 @@ def refused(site: Site, needed: Iterable[Permission]) -> Iterator[tuple[str, str
         yield those[0].namespace, f"{', '.join(verbs)} {those[0].resource}{where}", those[0].rule_of(*verbs)
 
 
-def _within_reach(site: Site, request: Request) -> Iterator[Objection]:
-    """The last ring must hold there, too."""
+def _within_reach(site: Site, request: Request, backend: str) -> Iterator[Objection]:
+    """The last ring must hold there, too: for what another tool makes it needs that tool's rights."""
     spaces = {ref.namespace for ref in request.refs if ref.namespace}
-    for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces)):
+    rights = "manifests/rbac" if backend == "kubernetes" else f"manifests/rbac/{backend}"
+    for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces, backend)):
         yield Objection(
             f"the sweeper has no rights in namespace {name}: it could not take the fault away",
-            f"kubectl apply -n {name} -k manifests/rbac/namespace",
+            f"kubectl apply -n {name} -k {rights}/namespace",
         )
 
 

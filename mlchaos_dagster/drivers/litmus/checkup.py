@@ -25,6 +25,7 @@ from mlchaos_dagster.drivers.cluster.points import (
 from mlchaos_dagster.drivers.litmus.engine import GROUP, collection, namespace_of
 from mlchaos_dagster.drivers.litmus.faults import EXPERIMENTS, PARTITION
 from mlchaos_dagster.drivers.litmus.guards import operators
+from mlchaos_dagster.kube import reach
 from mlchaos_dagster.kube.client import Cluster, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, part, text, words
 
@@ -195,6 +196,11 @@ def _ours(site: Site, environment: Environment, kinds: list[str]) -> Iterator[Po
     from mlchaos_dagster.drivers.litmus.driver import LitmusDriver
 
     asked = needed(site, environment, kinds, LitmusDriver.at(site.cluster, site.options).handler)
+    for space in sorted(
+        reach.beyond(site.cluster, site.options.control_namespace, spaces(site, environment), "litmus")
+    ):
+        saw = f"the sweeper could not take such a fault away in namespace {space}"
+        yield Point("litmus: sweeper", "missing", saw, f"kubectl apply -n {space} -k manifests/rbac/litmus/namespace")
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
         whole = (
