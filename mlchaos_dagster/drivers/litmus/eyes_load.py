@@ -81,6 +81,12 @@ class Load:
             seen, said = unfit(site, self.agent, ref, container["name"], _ORDER)
             if said:
                 yield objection(said)
+            elif "cores" in self.asked and not seen["cgroup"]["cpu_limit"] and self.asked["cores"] > seen["cpus"] / 2:
+                yield Objection(
+                    f"container {container['name']} of {ref.shown} has no CPU limit: {self.asked['cores']:g} cores are more "
+                    f"than half of its node's {seen['cpus']}",
+                    "resources.limits.cpu on the container, or fewer cores",
+                )
             elif "bytes" in self.asked and not seen["cgroup"]["memory_limit"]:
                 yield Objection(
                     f"container {container['name']} of {ref.shown} has no memory limit: the memory would be its node's",

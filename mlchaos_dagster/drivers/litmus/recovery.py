@@ -24,7 +24,7 @@ from mlchaos_dagster.kube.refs import collection as of_kube
 
 NAME = "litmus"
 _TICK_S = 0.25
-_LATE_S = 10.0
+_LATE_S = 15.0
 """Beyond its grace, a pod that is still there is on a node that does not answer."""
 _GONE_S = 5.0
 """For an object without finalizers."""
