@@ -407,7 +407,8 @@ def test_the_experiment_holds_with_the_analysis_and_deviates_without(
 def test_a_run_that_is_killed_in_mid_canary_is_cleaned_up_by_the_sweeper(namespace: str, line: CommandLine) -> None:
     before = rollout(namespace)["spec"]["template"]
     run = line.start("run", "canary-of-test")
-    eventually(lambda: pods_of(namespace, "v2") == 1, 150, every=0.5)
+    eventually(lambda: pods_of(namespace, "v2") == 1 or run.poll() is not None, 150, every=0.5)
+    assert run.poll() is None, (line.home / "run.log").read_text()[-2000:]
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
     for pid in (*map(int, children), run.pid):
         os.kill(pid, signal.SIGKILL)
