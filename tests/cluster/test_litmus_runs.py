@@ -45,9 +45,9 @@ def line(
             kubeconfig,
             backends={"litmus": ["pod_delete", "network_isolation", "litmus_engine"]},
             probe={"url": f"http://{address}/", "rate": 10, "timeout": "1s"},
-            kubernetes={"litmus": {"operator_namespace": sweeper, "inject_within": "60s"}},
+            kubernetes={"litmus": {"operator_namespace": sweeper, "inject_within": "60s"}, "sweeper_ttl": "60s"},
             sampling={"baseline": "3s", "min_samples": 10},
-            safety={"recover_timeout": "60s", "confirm_within": "15s"},
+            safety={"recover_timeout": "60s", "confirm_within": "15s", "lease_ttl": "20s"},  # also on a busy machine
         )
         written["backends"].pop("kubernetes", None)
         experiment = {
