@@ -355,7 +355,9 @@ class LitmusEngine(FaultBase):
         for field, name in names:
             if name is not None and not (isinstance(name, str) and OBJECT_NAME.fullmatch(name)):
                 raise ValueError(f"{field} is not the name of an object. Allowed: lower-case letters, digits, dashes")
-        return engine
+        from mlchaos_dagster.domain.manifests.litmus import normalised  # it reads faults, too
+
+        return normalised(engine)
 
     def params(self) -> dict[str, Any]:
         """`engine`: plain JSON."""
@@ -379,7 +381,9 @@ class ChaosMeshResource(FaultBase):
             raise ValueError("kind is not that of a fault of Chaos Mesh. Allowed: such as NetworkChaos")
         if not isinstance(resource.get("spec"), dict):
             raise ValueError("spec is missing. Allowed: the spec of the resource")
-        return resource
+        from mlchaos_dagster.domain.manifests.chaos_mesh import normalised  # it reads faults, too
+
+        return normalised(resource)
 
     def params(self) -> dict[str, Any]:
         """`resource`: plain JSON."""

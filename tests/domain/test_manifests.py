@@ -324,6 +324,29 @@ def test_a_wrong_probe_is_refused(probe: str, problem: str) -> None:
 # ---- what is written is what is read
 
 
+def test_an_engine_in_a_file_of_ours_is_looked_at_as_closely() -> None:
+    draft = brought(ENGINE).drafts[0]
+    text = to_yaml(body(draft, cluster(), "prediction-service"))
+    wrong = [
+        ("components:", "component:", 'no such field. Did you mean "components"?'),
+        ("appkind: deployment", "appkind: pod", '"pod" is not known'),
+        ("- name: TOTAL_CHAOS_DURATION", "- x", "Allowed: fields"),
+    ]
+    for old, new, problem in wrong:
+        assert old in text
+        cut = text.replace(old, new).replace(
+            '            value: "60"\n', "" if new == "- x" else '            value: "60"\n'
+        )
+        with pytest.raises(SpecError) as e:
+            parse_experiment(cut, "f.yaml")
+        assert problem in str(e.value) and str(e.value).startswith("f.yaml:"), str(e.value)
+    query = "name: p\ntype: promProbe\nmode: EOT\nrunProperties: {probeTimeout: 5s, interval: 2s}\npromProbe/inputs: "
+    found = probed(query + "{endpoint: http://p, query: 'x{a=\"b\"}', comparator: {criteria: <, value: '1'}}")
+    placed = place(found.drafts[0], cluster())
+    written = to_yaml(body(found.drafts[0], cluster(), placed.experiment.target))
+    assert parse_experiment(written) == placed.experiment  # escaped once, not once more
+
+
 def test_what_is_written_as_yaml_is_read_back_as_the_same() -> None:
     for text in (ENGINE, ENGINE.replace('value: "60"', 'value: "1e3"').replace("TOTAL_CHAOS_DURATION", "X")):
         draft = brought(text).drafts[0]

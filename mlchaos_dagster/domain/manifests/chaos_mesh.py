@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from mlchaos_dagster.domain.faults import OBJECT_NAME
-from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of, spoken
+from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of, spoken, tree
 from mlchaos_dagster.domain.manifests.shapes import (
     TEXT_MAP,
     TEXTS,
@@ -25,7 +25,7 @@ from mlchaos_dagster.domain.manifests.shapes import (
     part,
     texts,
 )
-from mlchaos_dagster.domain.nodes import Node, Path
+from mlchaos_dagster.domain.nodes import Document, Node, Path
 
 MODES = ("one", "all", "fixed", "fixed-percent", "random-max-percent")
 _SELECTOR = Fields(
@@ -289,6 +289,22 @@ def resource(
     brought.drafts.append(
         Draft(name_of(name), spoken(words), fault, duration, radius, chosen, look.document.where(path))
     )
+
+
+def normalised(resource: dict[str, Any]) -> dict[str, Any]:
+    """The `resource` of a fault of ours with every value of its right type. Raises ValueError with the first problem."""
+    kind = str(resource["kind"])
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind} is no fault of Chaos Mesh. Allowed: {', '.join(KINDS)}")
+    look = Looker(Document("resource", tree(resource)))
+    marks: dict[str, Rule] = {"labels": TEXT_MAP, "annotations": TEXT_MAP}
+    found = part(look.look(look.document.root, (), Fields({"kind": "text", "spec": KINDS[kind], **marks})))
+    spec = part(found.get("spec"))
+    if not look.problems:
+        _coherent(look, kind, str(spec.get("action", "")), spec, ("spec",))
+    if look.problems:
+        raise ValueError(look.problems[0].what.removesuffix("."))
+    return found
 
 
 def _stress(kind: str, spec: dict[str, Any]) -> str | None:

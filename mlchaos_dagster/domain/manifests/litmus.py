@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from mlchaos_dagster.domain.faults import OBJECT_NAME
-from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of, spoken
+from mlchaos_dagster.domain.manifests.drafts import DEFAULT_S, Brought, Draft, Selection, name_of, spoken, tree
 from mlchaos_dagster.domain.manifests.probes import PROBE, probes
 from mlchaos_dagster.domain.manifests.shapes import (
     TEXT_MAP,
@@ -23,9 +23,10 @@ from mlchaos_dagster.domain.manifests.shapes import (
     Words,
     entries,
     go_seconds,
+    part,
     text_at,
 )
-from mlchaos_dagster.domain.nodes import Node, Path
+from mlchaos_dagster.domain.nodes import Document, Node, Path
 from mlchaos_dagster.domain.parsing import nearest
 
 _KINDS = Words(("deployment", "statefulset", "daemonset", "deploymentconfig", "rollout"), fold=True, blank=True)
@@ -221,6 +222,17 @@ def engine(look: Looker, node: Node, brought: Brought, path: Path, name: str, of
         suffix = str(entry.get("name", "")) if len(listed) > 1 else ""
         one = _Entry(look, entry, (*path, "experiments", i), {**spec, **meta}, chosen)
         one.draft(brought, name_of(name, suffix), f"{of} {name}")
+
+
+def normalised(engine: dict[str, Any]) -> dict[str, Any]:
+    """The `engine` of a fault of ours with every value of its right type. Raises ValueError with the first problem."""
+    look = Looker(Document("engine", tree(engine)))
+    found = look.look(
+        look.document.root, (), Fields({**_SPEC.of, "labels": TEXT_MAP, "annotations": TEXT_MAP}, ("experiments",))
+    )
+    if look.problems:
+        raise ValueError(look.problems[0].what.removesuffix("."))
+    return part(found)
 
 
 def fragment(look: Looker, node: Node, brought: Brought, path: Path = ()) -> None:
