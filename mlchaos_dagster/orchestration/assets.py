@@ -25,6 +25,7 @@ PROMISES = {
     "left_clean": "The target was read back: nothing of the fault is left.",
     keys.BACKEND_AGREES: "Every probe of the backend passed, and so did its own verdict.",
 }
+PROBE = "This probe of the backend passed."
 ABOUT = {
     "experiment": "The plan and the guards. {0.title}",
     "baseline_metrics": "The steady state before the fault: {0.title}",
@@ -48,7 +49,7 @@ def _experiment_assets(name: str, pair: Pair, ops: Mapping[str, dg.OpDefinition]
     # Whether that one held is the guard's business: this edge says nothing of outcomes.
     before_all = _verdict_before(pair)
     specs = [
-        dg.AssetCheckSpec(check, asset=asset["verdict"], description=PROMISES[check], blocking=False)
+        dg.AssetCheckSpec(check, asset=asset["verdict"], description=PROMISES.get(check, PROBE), blocking=False)
         for check in keys.checks_of(experiment)
     ]
     graph = dg.GraphDefinition(

@@ -7,7 +7,7 @@ import dagster as dg
 from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import Finding, GuardResult, RunRecord, Verdict
 from mlchaos_dagster.domain.units import show_duration
-from mlchaos_dagster.orchestration.keys import BACKEND_AGREES
+from mlchaos_dagster.orchestration.keys import BACKEND_AGREES, finding_check
 from mlchaos_dagster.orchestration.metadata import PASSED, Metadata, numbers, sli_key
 
 
@@ -76,6 +76,7 @@ def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
         }
     if record.findings:
         found[BACKEND_AGREES] = _backend_check(record.findings)
+        found |= {finding_check(f.name): _backend_check((f,)) for f in record.findings}
     r = verdict.recovery
     if r.met is not None:
         found["recovered_in_time"] = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from mlchaos_dagster.domain.environment import Environment
+from mlchaos_dagster.domain.faults import LitmusEngine
 from mlchaos_dagster.domain.record import RunRecord, Verdict
 from mlchaos_dagster.domain.spec import Experiment
 
@@ -20,8 +23,6 @@ CHECKS = (
 """Promises, all on `verdict`, so that one page (and one automation condition) tells of all of them."""
 BACKEND_AGREES = "backend_agrees"
 """The promise of experiments whose backend has probes and a verdict of its own."""
-JUDGED = frozenset({"litmus_engine"})
-"""Their fault kinds."""
 
 TAG = "mlchaos/"
 TAG_EXPERIMENT = TAG + "experiment"
@@ -55,9 +56,19 @@ def asset_path(experiment: str, environment: str, phase: str) -> tuple[str, str,
     return python_name(environment), python_name(experiment), phase
 
 
+def finding_check(name: str) -> str:
+    """The check of one finding of a backend: `litmus probe check-login` → `litmus_probe_check_login`."""
+    return re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
+
+
 def checks_of(experiment: Experiment) -> tuple[str, ...]:
-    """The promises of an experiment."""
-    return (*CHECKS, BACKEND_AGREES) if experiment.fault.kind in JUDGED else CHECKS
+    """The promises of an experiment; of a ChaosEngine also each of its probes."""
+    fault = experiment.fault
+    if not isinstance(fault, LitmusEngine):
+        return CHECKS
+    spec = fault.engine["experiments"][0].get("spec") or {}
+    probes = [finding_check(f"litmus probe {one.get('name', '')}") for one in spec.get("probe") or []]
+    return (*CHECKS, BACKEND_AGREES, *dict.fromkeys(probes))
 
 
 def target_tag(experiment: Experiment, environment: Environment) -> str:

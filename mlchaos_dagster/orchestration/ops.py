@@ -50,6 +50,8 @@ def check_output(check: str) -> str:
 
 def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
     """The ops, by name; `pairs` maps graph names to what they run."""
+    # One op serves all experiments, so it has the outputs of them all.
+    all_checks = dict.fromkeys([*keys.CHECKS, *(c for e, _ in pairs.values() for c in keys.checks_of(e))])
 
     def op(name: str, outs: dict[str, dg.Out], after: str = "after") -> Any:
         # Later ops first: in a run of several experiments each one is finished before the next one starts,
@@ -178,7 +180,7 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
 
     @op(
         "report",
-        {"verdict": _asset_out(True), **{check_output(c): _check_out() for c in (*keys.CHECKS, keys.BACKEND_AGREES)}},
+        {"verdict": _asset_out(True), **{check_output(c): _check_out() for c in all_checks}},
     )
     def report(context: dg.OpExecutionContext) -> Iterator[Any]:
         session = session_of(context)
@@ -202,8 +204,10 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
             ),
         )
         # After the verdict, so that the UI counts them as results on this verdict and not on the one before.
+        promised = keys.checks_of(pairs[graph_of(context)][0])
         for name, arguments in checks(record, verdict, session.steady_because).items():
-            yield check(context, name, arguments)
+            if name in promised:
+                yield check(context, name, arguments)
         stopped = session.stopped
         session.stop.close()
         if record.error or verdict.outcome.value in ("UNCLEAN", "ERROR"):

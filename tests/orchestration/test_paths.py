@@ -129,14 +129,16 @@ def test_what_the_backend_judged_is_a_check(
     run: Any, platform: SimPlatform, passed: bool | None, severity: Any
 ) -> None:
     def prepare(world: Any, _run_id: str) -> None:
-        world.judged = Finding(name="probe check-login", passed=passed, saw="expected 200")
+        world.judged = Finding(name="litmus probe check-login", passed=passed, saw="expected 200")
 
     platform.prepare = prepare
-    engine = {"kind": "litmus_engine", "engine": {"experiments": [{"name": "pod-cpu-hog"}]}}
+    hog = {"name": "pod-cpu-hog", "spec": {"probe": [{"name": "check-login"}]}}
+    engine = {"kind": "litmus_engine", "engine": {"experiments": [hog]}}
     result = run(experiment(fault=engine), env=environment(backends={"fake": ["litmus_engine"]}))
     assert result.success
     held = {**dict.fromkeys(keys.CHECKS, True), "steady_state_held": passed is not None}
-    assert checks(result) == {**held, keys.BACKEND_AGREES: passed is True}
+    agrees = dict.fromkeys((keys.BACKEND_AGREES, "litmus_probe_check_login"), passed is True)
+    assert checks(result) == {**held, **agrees}
     assert severities(result).get(keys.BACKEND_AGREES) == severity
     assert "probe check-login" in str(metadata(result, "chaos_metrics")["findings"])
 
