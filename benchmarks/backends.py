@@ -39,14 +39,15 @@ KINDS = ["pod_delete", "network_partition", "cpu_stress"]
 SERVER = """
 import http.server, os, signal, sys, urllib.request
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-behind = os.environ.get("BEHIND")
+address = os.environ.get("BEHIND_SERVICE_HOST") if os.environ.get("ASKS") else None
+behind = address and f"http://{address}/"
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         code, body = 200, b"ok"
         if self.path == "/work":
-            sum(i * i for i in range(20_000))
+            sum(i * i for i in range(5_000))
             try:
-                behind and urllib.request.urlopen(behind, timeout=0.5).read()
+                behind and urllib.request.urlopen(behind, timeout=1.0).read()
             except OSError:
                 code, body = 503, b"nobody behind"
         self.send_response(code); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
@@ -117,7 +118,7 @@ def place() -> Iterator[str]:
     kubectl("create", "namespace", name)
     try:
         kubectl("label", "namespace", name, "mlchaos.dev/allow=true", "mlchaos.dev/test=true")
-        things = deployment("web", 3, {"BEHIND": f"http://behind.{name}/"}) + deployment("behind", 1, {})
+        things = [*reversed(deployment("behind", 1, {})), *deployment("web", 3, {"ASKS": "behind"})]
         kubectl("apply", "-n", name, "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": things}))
         ready(name)
         install(name)
@@ -175,7 +176,8 @@ def written(
     found = environment(namespace, context, kubeconfig, probe={"url": f"{{service:{namespace}/web:80}}/work"})
     found["backends"], found["prefer"] = {b: KINDS for b in backends}, backends[0]
     found["targets"]["behind"] = {"select": "app=web->app=behind"}
-    found["sampling"] |= {"baseline": "8s", "min_samples": 100}
+    found["probe"] |= {"rate": 10}
+    found["sampling"] |= {"baseline": "8s", "min_samples": 50}
     found["slis"]["error_rate"] = {"measure": "error_rate"}
     found["kubernetes"] |= changes
     return found
