@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mlchaos_dagster.domain.environment import Kubernetes, Target
+from mlchaos_dagster.domain.environment import ChaosMesh, Kubernetes, Target
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.chaos_mesh.driver import ChaosMeshDriver
 from mlchaos_dagster.engine.ports import Lease
@@ -36,6 +36,12 @@ def there(admin_kubeconfig: str) -> None:
     found = kubectl("get", "pods", "-n", SYSTEM, "-o", "name", check=False)
     if "controller-manager" not in found or "daemon" not in found:
         pytest.skip("Chaos Mesh does not run in namespace chaos-mesh")
+
+
+@pytest.fixture
+def options(options: Kubernetes) -> Kubernetes:
+    """With time, for machines on which much else goes on."""
+    return options.model_copy(update={"chaos_mesh": ChaosMesh(inject_within=60.0)})
 
 
 @pytest.fixture
@@ -324,7 +330,7 @@ def test_a_teams_own_resource(by_mesh: Faulting, namespace: str) -> None:
     assert len(found) == 1
     made = found[0]
     assert made["metadata"]["labels"]["team"] == "ml"
-    assert made["spec"]["timeOffset"] == "-10m" and made["spec"]["duration"] == "80s"
+    assert made["spec"]["timeOffset"] == "-10m" and made["spec"]["duration"] == "120s"
     assert list(made["spec"]["selector"]["pods"].values()) == [[lease.targets[0].split("/")[2].split("@")[0]]]
     seen = by_mesh.driver.active(lease)
     assert seen.present and not seen.effective, seen.lines
