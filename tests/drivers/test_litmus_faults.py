@@ -152,6 +152,16 @@ def test_what_a_team_brought_stays() -> None:
     assert own["engine"]["appinfo"]["appns"] == "other"  # the fault itself is not changed
 
 
+def test_a_health_check_looks_for_the_owner_of_what_was_deleted() -> None:
+    """By the names of deleted pods it would fail for ever; they are hit by TARGET_PODS all the same."""
+    own = brought("pod-delete")
+    theirs = {"appns": "other", "applabel": "a=b", "appkind": "deployment"}
+    own["engine"] |= {"defaultHealthCheck": True, "appinfo": theirs}
+    spec = body(faults.BROUGHT, own)["spec"]
+    assert spec["appinfo"] == {**theirs, "appns": "ml"} and "selectors" not in spec
+    assert {"name": "TARGET_PODS", "value": "web-a,web-b"} in spec["experiments"][0]["spec"]["components"]["env"]
+
+
 def test_a_partition_is_told_by_a_label_of_the_lease() -> None:
     """Litmus makes the policy from one label `key=value`; it panics without one."""
     spec = body("network_isolation", {}, Selection("ml", ("web-a",), kind="deployment"))["spec"]

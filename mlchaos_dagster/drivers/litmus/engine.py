@@ -48,8 +48,10 @@ def body(
     brought: dict[str, Any] = copy.deepcopy(params.get("engine") or {})
     entry = entry_of({"engine": brought}) if brought else {"name": plan.experiment}
     spec: dict[str, Any] = {k: v for k, v in brought.items() if k not in _NOT_SPEC}
-    for theirs in ("appinfo", "selectors"):
-        spec.pop(theirs, None)
+    appinfo: dict[str, Any] = spec.pop("appinfo", None) or {}
+    spec.pop("selectors", None)
+    # Litmus's own check of what it hit would look for the deleted pods by name: it is told by their owner instead.
+    checked = appinfo if spec.get("defaultHealthCheck") and plan.experiment == "pod-delete" else None
     components: dict[str, Any] = spec.get("components") or {}
     runner: dict[str, Any] = components.get("runner") or {}
     labels = of_lease(lease_id, "fault")
@@ -65,7 +67,7 @@ def body(
             "runner": {**runner, "runnerLabels": {**(runner.get("runnerLabels") or {}), **labels}},
         },
         "experiments": [_experiment(entry, {**options.env, **plan.env}, grace_s)],
-        **_selected(lease_id, plan, targets),
+        **_selected(lease_id, plan, targets, checked),
     }
     return {
         "apiVersion": f"{GROUP}/v1alpha1",
@@ -92,7 +94,7 @@ def _experiment(entry: dict[str, Any], env: dict[str, str], grace_s: int) -> dic
     return {**entry, "spec": {**spec, "components": {**components, "env": [*own, *elsewhere]}}}
 
 
-def _selected(lease_id: str, plan: Plan, targets: Selection) -> dict[str, Any]:
+def _selected(lease_id: str, plan: Plan, targets: Selection, checked: dict[str, Any] | None) -> dict[str, Any]:
     """`selectors` and `appinfo`: operators before 3.0 know the latter only, and take the pods from `TARGET_PODS`."""
     if targets.nodes:
         return {}
@@ -102,5 +104,7 @@ def _selected(lease_id: str, plan: Plan, targets: Selection) -> dict[str, Any]:
     if targets.workloads:
         chosen = [{"kind": k, "namespace": targets.namespace, "names": n} for k, n in targets.workloads]
         return {"selectors": {"workloads": chosen}}
+    if checked is not None:
+        return {"appinfo": {**checked, "appns": targets.namespace}}
     pods = {"namespace": targets.namespace, "names": ",".join(targets.pods)}
     return {"selectors": {"pods": [pods]}, "appinfo": {"appns": targets.namespace}}

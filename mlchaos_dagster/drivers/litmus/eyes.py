@@ -14,7 +14,7 @@ from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.litmus import states
-from mlchaos_dagster.drivers.litmus.tracks import Tracks
+from mlchaos_dagster.drivers.litmus.tracks import Tracks, events
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError
 from mlchaos_dagster.kube.client import NAME, Permission, Site
@@ -153,16 +153,23 @@ class Restarted(_Plain):
 
 
 class Told(_Plain):
-    """Any other experiment: what its ChaosResult says of each target."""
+    """Any other experiment: what its ChaosResult says of each pod, and its event where it hits nodes."""
 
     def look(self, site: Site, injection: Injection, tracks: Tracks) -> Sight:
         """Litmus's own word, and it says so."""
-        touched, standing = states.touched(tracks), states.still_injected(tracks)
         names = [ref.name for ref in injection.refs]
+        if injection.refs[0].kind == "node":  # of nodes the result tells after the fault only
+            return self._began(site, tracks, names)
+        touched, standing = states.touched(tracks), states.still_injected(tracks)
         hit = [name for name in names if name in touched]
         lines = [f"{name}: {'injected' if name in standing else 'touched'} by Litmus's own word alone" for name in hit]
         lines += [f"{name}: Litmus does not say that it was injected" for name in names if name not in touched]
         return Sight(effective=bool(names) and len(hit) == len(names), lines=tuple(lines))
+
+    def _began(self, site: Site, tracks: Tracks, names: list[str]) -> Sight:
+        began = tracks.engine is not None and states.fired(events(site, tracks.engine))
+        said = "says that it makes its fault" if began else "does not say that it made its fault"
+        return Sight(effective=began, lines=(f"Litmus {said} on {', '.join(names)}; by its own word alone",))
 
 
 class Standing(Told):

@@ -240,6 +240,10 @@ def _unfit(site: Site, request: Request) -> Iterator[Objection]:
             f"{experiment} hits {'nodes' if on_nodes else 'pods'}, and the target is a {refs[0].kind}", "another target"
         )
         return
+    if experiment == "pod-autoscaler":
+        yield Objection(
+            "pod-autoscaler scales whole workloads: no pod of it could be frozen", "scale_to_zero, or another"
+        )
     if len({ref.namespace for ref in refs}) > 1:
         yield Objection("the targets are in several namespaces", "targets in one; Litmus takes no more")
     if on_nodes:

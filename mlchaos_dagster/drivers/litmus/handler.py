@@ -184,7 +184,7 @@ class LitmusFault:
             if state.phase not in ("accepted", "running"):
                 raise _failed(injection, f"Litmus did not make the fault: {state.said}")
             if time.monotonic() - start >= limit_s:
-                why = states.stuck(found, tracks.events(site, place, text(found.engine, "metadata", "uid")))
+                why = states.stuck(found, tracks.events(site, found.engine) if found.engine else ())
                 seen = f"; {said}" if said else ""
                 raise _failed(injection, f"no effect within {limit_s:g} s: {why}{seen}")
             step(0, 0)

@@ -101,11 +101,11 @@ def _policies(site: Site, place: Place, uids: set[str]) -> list[Object]:
     ]
 
 
-def events(site: Site, place: Place, uid: str) -> list[Object]:
-    """What was said about the engine, the oldest first."""
-    where = f"/api/v1/namespaces/{place.namespace}/events"
-    found = site.cluster.list(where, fields=f"involvedObject.name={place.name},involvedObject.kind=ChaosEngine")
-    mine = [e for e in found if not uid or text(e, "involvedObject", "uid") in ("", uid)]
+def events(site: Site, engine: Object) -> list[Object]:
+    """What was said about a ChaosEngine, the oldest first."""
+    meta, where = engine["metadata"], f"/api/v1/namespaces/{text(engine, 'metadata', 'namespace')}/events"
+    found = site.cluster.list(where, fields=f"involvedObject.name={meta['name']},involvedObject.kind=ChaosEngine")
+    mine = [e for e in found if text(e, "involvedObject", "uid") in ("", meta["uid"])]
     return sorted(mine, key=lambda e: text(e, "lastTimestamp") or text(e, "eventTime"))
 
 
