@@ -23,12 +23,16 @@ SHARED = {
     "sandbox with features": ("sandbox/test_features",),
     "sandbox under stress": ("sandbox/test_stress",),
     "Prometheus": ("probes/test_probe_prometheus",),
+    "S3": ("drivers/test_s3_driver", "drivers/test_model_driver"),
+    "a library of the GPU": ("drivers/test_gpu_driver",),
+    "reports": ("evidence/test_report",),
+    "definitions": ("orchestration/test_definitions",),
     "platform of the cluster": ("cluster/test_platform", "cluster/test_pipeline"),
     "Chaos Mesh": ("cluster/test_chaos_mesh", "cluster/test_clean_backends", "cluster/test_doctor_backends"),
     "Rollouts": ("cluster/test_rollouts",),
     "Litmus": ("cluster/test_litmus", "cluster/test_litmus_deaths"),
 }
-"""What is started, and the files whose tests use it."""
+"""What is started or made, and the files whose tests use it."""
 GROUP = {f"tests/{file}.py": what for what, files in SHARED.items() for file in files}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from file_target import make_lease
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -478,11 +478,12 @@ class ForgetfulTarget(World):
 def test_the_machine_has_teeth_target_without_tombstones(no_fsync):
     """Without tombstones, an owner of another host that wakes up late does harm, and the machine sees it."""
 
+    @seed(3)  # one that finds it soon: 2000 examples find it with any
     class Broken(Leases):
         world_type = ForgetfulTarget
 
     with pytest.raises(AssertionError, match="carries a fault"):
-        run_state_machine_as_test(Broken, settings=options(2000, derandomize=True, phases=[Phase.generate]))
+        run_state_machine_as_test(Broken, settings=options(2000, phases=[Phase.generate]))
 
 
 @pytest.mark.timeout(120)
@@ -494,6 +495,10 @@ def test_the_machine_has_teeth_target_without_tombstones(no_fsync):
     ],
 )
 def test_the_machine_has_teeth_broken_ledger(no_fsync, monkeypatch, verb, broken, message):
+    @seed(1)  # as above
+    class Broken(Leases):
+        pass
+
     monkeypatch.setattr(FileLedger, verb, broken)
     with pytest.raises(AssertionError, match=message):
-        run_state_machine_as_test(Leases, settings=options(2000, derandomize=True, phases=[Phase.generate]))
+        run_state_machine_as_test(Broken, settings=options(2000, phases=[Phase.generate]))
