@@ -50,9 +50,22 @@ def mesh(context: str, kubeconfig: str, options: Kubernetes) -> ChaosMeshDriver:
     return ChaosMeshDriver.at(Cluster(context, kubeconfig, timeout_s=15.0), options)
 
 
+class Patient(Faulting):
+    """Webhooks have five seconds; on a machine without CPU they miss them, which is an objection, and a true one."""
+
+    def lease(self, *arguments: Any, **options: Any) -> Lease:
+        for _ in range(10):
+            try:
+                return super().lease(*arguments, **options)
+            except AssertionError as e:
+                if "webhook" not in str(e):
+                    raise
+        return super().lease(*arguments, **options)
+
+
 @pytest.fixture
 def by_mesh(mesh: ChaosMeshDriver, tmp_path: Path) -> Faulting:
-    return Faulting(mesh, tmp_path)  # type: ignore[arg-type]  the verbs are the same
+    return Patient(mesh, tmp_path)  # type: ignore[arg-type]  the verbs are the same
 
 
 def resources(namespace: str, kind: str) -> list[dict[str, Any]]:
@@ -221,7 +234,7 @@ def test_killed_and_recovered_by_another_process(
             eventually(lambda: resources(namespace, case.plural), 60, 0.05)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     began = time.monotonic()
     by_mesh.driver.recover(lease)
     print(f"{kind} killed {when}: recovered in {time.monotonic() - began:.2f} s")
