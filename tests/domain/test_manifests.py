@@ -103,6 +103,8 @@ def test_a_target_of_the_environment_with_the_same_pods_is_used() -> None:
     text = ENGINE.replace("appns: shop, applabel: app=web", "appns: mlplatform, applabel: app=inference")
     placed = place(brought(text).drafts[0], cluster())
     assert (placed.experiment.target, dict(placed.added)) == ("prediction-service", {})
+    elsewhere = place(brought(text.replace("appns: mlplatform", "appns: shop")).drafts[0], cluster())
+    assert [t.kubernetes.namespace for t in elsewhere.added.values()] == ["shop"]
 
 
 def test_without_a_share_one_pod_is_hit_and_container_and_node_targets_are_kept() -> None:

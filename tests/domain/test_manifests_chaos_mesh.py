@@ -208,6 +208,7 @@ def test_the_users_schedule_is_the_night_of_working_days() -> None:
 
 
 PLANS = [
+    ("{repeat: {timeRange: {startTime: '02:30', endTime: '04:15'}, properties: {minChaosInterval: {hour: {everyNthHour: 1, minuteOfTheHour: 20}}}}}", "20 3 * * *", "1h", "02:30-04:15"),
     ("{repeat: {properties: {minChaosInterval: {hour: {everyNthHour: 8, minuteOfTheHour: 30}}}}}", "30 */8 * * *", "8h", None),
     ("{repeat: {properties: {minChaosInterval: {minute: {everyNthMinute: 20}}}, workHours: {includedHours: 9-17}}}", "*/20 9-17 * * *", "20m", "09:00-18:00"),
     ("{repeat: {properties: {minChaosInterval: {hour: {everyNthHour: 2}}}, workHours: {includedHours: 0-4}, workDays: {includedDays: 'Sat,Sun'}}}", "0 0,2,4 * * 0,6", "2h", "00:00-05:00"),
