@@ -41,7 +41,7 @@ def there(admin_kubeconfig: str) -> None:
 @pytest.fixture
 def options(options: Kubernetes) -> Kubernetes:
     """With time, for machines on which much else goes on."""
-    return options.model_copy(update={"chaos_mesh": ChaosMesh(inject_within=60.0)})
+    return options.model_copy(update={"chaos_mesh": ChaosMesh.model_validate({"inject_within": "60s"})})
 
 
 @pytest.fixture
