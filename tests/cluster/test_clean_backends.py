@@ -99,7 +99,10 @@ def test_what_litmus_keeps_for_a_lost_lease(
     own = lease.id.removeprefix("mlchaos-test-")  # of the helper container too, by which we look
     assert all(own in r["what"] for r in told["rows"]), told
 
-    code, told = cleaned(line, namespace)
+    for _ in range(3):  # a busy node may not answer for the helper in time; it says so, and the next try goes on
+        code, told = cleaned(line, namespace)
+        if code == 0:
+            break
     assert code == 0, told
     assert objects("chaosresults,networkpolicies", namespace) == []
     assert [o["metadata"]["name"] for o in objects("chaosengines", namespace)] == ["theirs"]

@@ -82,7 +82,7 @@ FURTHER: dict[str, dict[str, dict[str, str]]] = {
     "litmus": {},
     "chaos_mesh": {
         "target": {
-            "iochaos.chaos-mesh.org httpchaos.chaos-mesh.org timechaos.chaos-mesh.org": "get list create patch delete",
+            "iochaos.chaos-mesh.org httpchaos.chaos-mesh.org timechaos.chaos-mesh.org": "get list create update patch delete",
             "podiochaos.chaos-mesh.org podhttpchaos.chaos-mesh.org": "get patch",
         }
     },

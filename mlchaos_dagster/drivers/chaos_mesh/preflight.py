@@ -28,8 +28,11 @@ def permissions(site: Site, kind: str, spaces: Iterable[str], home: str) -> Iter
     plural = kind.lower()
     for verb in ("get", "list", "create", "patch", "delete"):
         yield Permission(verb, plural, home, GROUP)
+    # Its webhook asks for these in every namespace that is selected: up to 2.8 for `create` whatever is done, later for
+    # `update` where a resource is changed. Our pause and its end are changes.
     for space in sorted(set(spaces)):
-        yield Permission("create", plural, space, GROUP)  # its webhook asks for this, in every namespace it selects
+        yield Permission("create", plural, space, GROUP)
+        yield Permission("update", plural, space, GROUP)
     yield Permission("list", "events", home)
     yield Permission("list", "pods", site.options.chaos_mesh.system_namespace)
 

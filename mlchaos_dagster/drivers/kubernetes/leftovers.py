@@ -73,7 +73,8 @@ def find(cluster: Cluster) -> Iterator[Leftover]:
     ours = sorted([*_labelled(cluster), *_cuts(cluster)])
     tools = [o for o in ours if o.lease and o.path.startswith(_TOOLS)]
     yield from tools  # who makes the fault, before what it left at the pods
-    yield from sorted(_marked(cluster, spaces))
+    # A mark has the whole id of its lease, by which a helper is told to end; a helper's name has a part of it.
+    yield from sorted(_marked(cluster, spaces), key=lambda o: (o.how == "helper", o))
     yield from (o for o in ours if o.lease and o not in tools)
     yield from (o for o in ours if not o.lease)
 
