@@ -1,13 +1,14 @@
 """The Chaos Mesh backend: its controller and daemons make the fault, we guard, watch, stop and prove.
 
-driver.py       which kinds there are
-resources.py    the resources that we create
-specs.py        neutral fault → kind and spec of Chaos Mesh
-states.py       what a resource's status says
-life.py         created, injected, recovered, deleted
-leavings.py     what is left at the pods when Chaos Mesh cannot take it back
-handler.py      the verbs for all kinds
-brought.py      a team's own resource
-eyes.py         our own look at the pods, by kind
-preflight.py    what speaks against it, before anything is measured
+driver.py         which kinds there are
+faults.py         neutral kind → handler
+specs.py          neutral fault → kind and spec of Chaos Mesh
+resources.py      the resources that we create
+states.py         what a resource's status says
+handler.py        the verbs for all kinds; pod_kill.py for kills at an interval, brought.py for a team's own resource
+life.py           created paused, let go, stopped, deleted
+leavings.py       what is noted at the pods when Chaos Mesh cannot take it back
+preflight.py      what speaks against it, before anything is measured
+eyes.py           our own look: pod_eyes.py (from the API server), inside_eyes.py (by eye.py, a container of ours),
+                  resolver_eyes.py and mount_eyes.py (files in the container)
 """
