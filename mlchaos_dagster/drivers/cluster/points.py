@@ -84,14 +84,14 @@ def served(cluster_group: Object | None) -> dict[str, str]:
     return {text(r, "name"): text(r, "kind") for r in found if "/" not in text(r, "name")}
 
 
-def deployment(what: str, found: Object, system: str) -> Point:
-    """Whether a Deployment is there for its work."""
+def deployment(what: str, found: Object, without: str) -> Point:
+    """Whether a Deployment is there for its work; `without`: what is not done then."""
     name, space = text(found, "metadata", "name"), text(found, "metadata", "namespace")
     place, wanted = f"Deployment {space}/{name}", int(part(found, "spec", "replicas") or 0)
     available = int(part(found, "status", "availableReplicas") or 0)
     if not wanted:
         again = f"kubectl scale deployment {name} -n {space} --replicas=1"
-        return Point(what, "missing", f"{place} is scaled to 0: {system} does nothing", again)
+        return Point(what, "missing", f"{place} is scaled to 0: {without}", again)
     if not available:
         logs = f"kubectl describe deployment {name} -n {space}; kubectl logs deployment/{name} -n {space}"
         return Point(what, "missing", f"{place}: none of {wanted} pods is available", logs)
