@@ -201,7 +201,7 @@ def stopped(line: CommandLine, name: str, backend: str) -> dict[str, Any]:
     took, told = None, list[str]()
     for said in run.stderr:  # plain lines of progress
         told.append(said)
-        if took is None and "confirmed" in said and "moment" in said:
+        if took is None and " s confirmed" in said:
             time.sleep(STOP_AFTER_S)  # the fault is to be on for a while, which is what is measured
             began = time.monotonic()
             line("stop", name, timeout=120)
