@@ -79,10 +79,11 @@ def machines(sweeper: str, context: str, tmp_path: Path) -> Iterator[tuple[Machi
 def test_a_run_through_chaos_mesh_from_start_to_verdict(machines: tuple[Machine, Machine, str, str]) -> None:
     here, _, namespace, select = machines
     run = here.start("run", "tiny-fail", "-e", "tiny")
-    eventually(lambda: objects("podchaos.chaos-mesh.org", namespace), 90)
-    told = " ".join(run.communicate(timeout=150)[0].split())
+    made = eventually(lambda: objects("podchaos.chaos-mesh.org", namespace) or run.poll() is not None, 150)
+    told = " ".join(run.communicate(timeout=100)[0].split())
     print(told)
     assert run.returncode == 0 and "HELD" in told, told
+    assert made is not True, "no resource of Chaos Mesh was seen"
     assert objects("podchaos.chaos-mesh.org", namespace) == [] and open_leases(namespace) == []
     eventually(lambda: all_ready(namespace, select, 3), 60)
 
