@@ -36,7 +36,7 @@ class Platform:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.client = SandboxClient(directory)
+        self.client = SandboxClient(directory, timeout_s=30.0)
 
     def ask(self, entity: int = 7, timeout_s: float = 3.0) -> Answer:
         """One prediction over a new connection."""
