@@ -84,8 +84,8 @@ class PodKill:
         those = life.mine(site, _KIND, injection.undo["namespace"], lease)
         life.delete(site, those)
         left, said = life.release(site, those, step)
-        if stuck := [one for one in left if not life.inert(one)]:
-            names = ", ".join(text(one, "metadata", "name") for one in stuck)
+        if left:
+            names = ", ".join(text(one, "metadata", "name") for one in left)
             raise RecoverFailed(
                 "; ".join([f"PodChaos {names} cannot be deleted", *said]), driver=NAME, lease_id=lease.id
             )
@@ -95,16 +95,15 @@ class PodKill:
         lease = injection.lease
         those = life.mine(site, _KIND, injection.undo["namespace"], lease)
         seen = self.eyes.look(site, injection, those)
-        standing = [one for one in those if not life.inert(one)]
         done = lease.id in _hit or any(states.injected(one) for one in those)
         ours = rounds.of(lease)
         lines = [*([ours.said] if ours else ()), *seen.lines]
         lines += [
-            f"PodChaos {text(one, 'metadata', 'name')} stands, done at {states.injected_at(one)}" for one in standing
+            f"PodChaos {text(one, 'metadata', 'name')} stands, done at {states.injected_at(one)}" for one in those
         ]
         alive = ours is not None and ours.is_alive()
         effective = seen.effective and done and (ours is None or (alive and not ours.error))
-        return Evidence(present=alive or bool(standing), effective=effective, lines=tuple(lines))
+        return Evidence(present=alive or bool(those), effective=effective, lines=tuple(lines))
 
 
 _hit: set[str] = set()
