@@ -14,7 +14,7 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 
 from mlchaos_dagster.domain.environment import Environment
-from mlchaos_dagster.drivers.chaos_mesh.preflight import CONTROLLER, DAEMON, FILTER, told
+from mlchaos_dagster.drivers.chaos_mesh.preflight import CONTROLLER, CRDS, DAEMON, FILTER, install, told
 from mlchaos_dagster.drivers.chaos_mesh.resources import API, GROUP, collection, resource
 from mlchaos_dagster.drivers.cluster import preflight
 from mlchaos_dagster.drivers.cluster.points import (
@@ -34,8 +34,6 @@ from mlchaos_dagster.kube.client import ApiRefused, Forbidden, Site
 from mlchaos_dagster.kube.objects import Object, items, text
 from mlchaos_dagster.kube.selecting import select
 
-CHART = "chaos-mesh/chaos-mesh --version 2.8.1"
-CRDS = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 PLURALS = ("podchaos", "networkchaos", "stresschaos", "dnschaos", "podnetworkchaos")
 """Of neutral faults, and what Chaos Mesh itself needs for them."""
 OLDEST = (2, 6)
@@ -62,13 +60,6 @@ def points(site: Site, environment: Environment) -> Iterator[Point]:
             yield from guarded(what, partial(_webhook, site, space, system), install(system))
         yield from _certificate(site, system)
     yield from guarded("chaos_mesh: our rights", partial(_ours, site, environment), "docs/rbac.md")
-
-
-def install(system: str) -> str:
-    """The command that installs it, or mends an installation."""
-    return (
-        f"helm upgrade --install chaos-mesh {CHART} -n {system} --create-namespace -f manifests/chaos_mesh/values.yaml"
-    )
 
 
 def _controller(site: Site, environment: Environment, system: str) -> Iterator[Point]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlchaos_dagster.drivers.cluster.differences import Difference
 
-START = "1 to 3 s from our resource to the effect: it is made paused, its selection is held against the frozen pods, then it is let go."
-END = "A pause recovers in 1 to 2 s and keeps the status readable; the resource goes after our own look."
+START = "From our resource to the effect one reconcile of its controller: it is made paused, its selection is held against the frozen pods, then it is let go."
+END = "A pause recovers and keeps the status readable; the resource goes after our own look."
 _DURATION = "Chaos Mesh's controller, at the duration; with the controller down it lasts until that is back."
 _NETWORK = "From inside the pod, by a container of ours: the rules and queues of its network, and connections to the other end."
 _NETEM = "The kernel needs `netem`: where it has none, Chaos Mesh tries for ever, and the run says so and takes it back. IPv4 only. `kubernetes.ports` is refused."

@@ -79,7 +79,7 @@ class _Inside:
         before: Object = {}
         for one in those:
             before = json.loads(text(one, "metadata", "annotations", "mlchaos.dev/before") or "{}")
-        order = {**self._when(injection), **({"last": injection.lease.id, "probes": []} if last else {})}
+        order: Object = {**self._when(injection), **({"last": injection.lease.id, "probes": []} if last else {})}
         found = eye.together(
             self._eyes(site, injection), lambda e: self._one(injection, e, before, order), no_step, eye.ALL_S
         )

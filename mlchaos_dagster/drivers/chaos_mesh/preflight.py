@@ -14,13 +14,21 @@ from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import Ref
 
-INSTALL = "install Chaos Mesh (docs/chaos-mesh.md): kubectl apply -k manifests/chaos_mesh"
+CHART = "chaos-mesh/chaos-mesh --version 2.8.1"
+CRDS = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 CONTROLLER = "app.kubernetes.io/component=controller-manager,app.kubernetes.io/name=chaos-mesh"
 DAEMON = "app.kubernetes.io/component=chaos-daemon,app.kubernetes.io/name=chaos-mesh"
 FILTER = "chaos-mesh.org/inject"
 _FILTERING = "ENABLE_FILTER_NAMESPACE"
 _BY_DAEMON = {"PodChaos": ("container-kill",)}
 """Of these kinds only these actions are made by the daemon on the pod's node; of all others all are."""
+
+
+def install(system: str) -> str:
+    """The command that installs it, or mends an installation."""
+    return (
+        f"helm upgrade --install chaos-mesh {CHART} -n {system} --create-namespace -f manifests/chaos_mesh/values.yaml"
+    )
 
 
 def permissions(site: Site, kind: str, spaces: Iterable[str], home: str) -> Iterator[Permission]:
@@ -41,10 +49,11 @@ def objections(site: Site, request: Request, made: Object, spaces: Sequence[str]
     """In the order in which a person would mend it; what cannot be asked any more is left out."""
     kind = text(made, "kind")
     known = {text(r, "kind") for r in items(site.cluster.get(API), "resources")}
-    if kind not in known:
-        yield Objection(f"the cluster knows no {kind} of {GROUP}" if known else "Chaos Mesh is not installed", INSTALL)
-        return
     system = site.options.chaos_mesh.system_namespace
+    if kind not in known:
+        needs = CRDS if known else install(system)
+        yield Objection(f"the cluster knows no {kind} of {GROUP}" if known else "Chaos Mesh is not installed", needs)
+        return
     managers = site.cluster.list(f"/api/v1/namespaces/{system}/pods", labels=CONTROLLER)
     if not any(is_ready(p) for p in managers):
         yield Objection(
