@@ -260,3 +260,19 @@ def test_a_fault_that_does_not_go_keeps_the_engine() -> None:
     assert engine["metadata"]["finalizers"]
     del stays["metadata"]["finalizers"], world.objects[f"{PODS}/pod-network-partition-x-y"]
     recovered(world)
+
+
+def test_a_target_that_litmus_calls_injected_is_not_clean() -> None:
+    """Of an experiment that nobody but Litmus can see: its helper died, and its last word is all there is."""
+    world = World()
+    site, injection = case(world)
+    FAULT.inject(site, injection, no_step)
+    result = next(o for p, o in world.objects.items() if p.startswith(RESULTS))
+    result["metadata"]["annotations"] = {"pod/web-a": "injected"}
+    for _ in range(2):
+        with pytest.raises(RecoverFailed, match="ml/web-a.*injected"):
+            FAULT.recover(site, injection, no_step)
+        assert FAULT.active(site, injection).present
+    del world.objects[f"{PODS}/web-a"]  # and what was in it with it
+    FAULT.recover(site, injection, no_step)
+    assert not FAULT.active(site, injection).present and not world.objects

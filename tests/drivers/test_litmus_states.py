@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
+from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.litmus import states
+from mlchaos_dagster.drivers.litmus.eyes import Told
 from mlchaos_dagster.drivers.litmus.tracks import Tracks
+from mlchaos_dagster.kube.client import Site
+from mlchaos_dagster.kube.refs import Ref
+from tests.kube.test_leases import a_lease
 
 
 def an_engine(state: str = "active", status: str = "initialized", entry: str = "", **meta: Any) -> dict[str, Any]:
@@ -64,6 +70,24 @@ def test_targets_by_notes_and_by_history() -> None:
     tracks = Tracks(results=[a_result(notes=notes, history=history)])
     assert states.touched(tracks) == {"a", "b", "c"}
     assert states.still_injected(tracks) == {"a"}  # a note is younger than the history
+
+
+@pytest.mark.parametrize(
+    ("notes", "sequence", "seen"),
+    [
+        ({"pod/a": "injected", "pod/b": "injected"}, "", True),
+        ({"pod/a": "injected", "pod/b": "reverted"}, "", False),
+        ({"pod/a": "reverted", "pod/b": "injected"}, "serial", True),
+        ({"pod/a": "injected"}, "serial", False),
+    ],
+)
+def test_a_fault_that_litmus_took_back_early_has_no_effect(notes: dict[str, str], sequence: str, seen: bool) -> None:
+    refs = (Ref("pod", "ml", "a", "1"), Ref("pod", "ml", "b", "2"))
+    env = [{"name": "SEQUENCE", "value": sequence}]
+    params = {"engine": {"experiments": [{"name": "pod-http-latency", "spec": {"components": {"env": env}}}]}}
+    lease = replace(a_lease(), kind="litmus_engine", params=params)
+    tracks = Tracks(an_engine(), [a_result(notes=notes)])
+    assert Told().look(cast(Site, None), Injection(lease, refs, {}), tracks).effective is seen
 
 
 def test_why_nothing_goes_on() -> None:

@@ -24,14 +24,11 @@ from mlchaos_dagster.drivers.cluster.points import (
 )
 from mlchaos_dagster.drivers.litmus.engine import GROUP, collection, namespace_of
 from mlchaos_dagster.drivers.litmus.faults import EXPERIMENTS, PARTITION
-from mlchaos_dagster.drivers.litmus.guards import operators
+from mlchaos_dagster.drivers.litmus.guards import CRDS_INSTALL, INSTALL, operators
 from mlchaos_dagster.kube import reach
 from mlchaos_dagster.kube.client import Cluster, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, part, text, words
 
-CHART = "litmuschaos/litmus-core --version 3.28.1"
-INSTALL = f"helm upgrade --install litmus {CHART} -n chaos --create-namespace -f manifests/litmus/values.yaml"
-CRDS = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 OLDEST = (3, 0)
 """Durations of probes are text since then, as we write them."""
 _PLURALS = ("chaosengines", "chaosexperiments", "chaosresults")
@@ -47,7 +44,7 @@ def points(site: Site, environment: Environment) -> Iterator[Point]:
     group = site.cluster.get(f"/apis/{GROUP}/v1alpha1")
     absent = [f"{plural}.{GROUP}" for plural in _PLURALS if plural not in served(group)]
     if absent:
-        yield Point("litmus: CRDs", "missing", f"the cluster has no {', '.join(absent)}", CRDS)
+        yield Point("litmus: CRDs", "missing", f"the cluster has no {', '.join(absent)}", CRDS_INSTALL)
     else:
         yield Point("litmus: CRDs", "ok", f"{', '.join(_PLURALS)} of {GROUP}")
     yield from guarded("litmus: operator", partial(_operator, site, environment), INSTALL)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from mlchaos_dagster.domain.record import Evidence
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
-from mlchaos_dagster.drivers.litmus import states
+from mlchaos_dagster.drivers.litmus import faults, states
 from mlchaos_dagster.drivers.litmus.tracks import Tracks, events
 from mlchaos_dagster.engine.ports import Objection, Step
-from mlchaos_dagster.errors import DriverError
+from mlchaos_dagster.errors import DriverError, RecoverFailed
 from mlchaos_dagster.kube.client import NAME, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.selecting import is_there
@@ -60,8 +60,10 @@ class Eyes(Protocol):
         """See. Raises DriverUnavailable: the targets could not be asked."""
         ...
 
-    def clean(self, site: Site, injection: Injection, step: Step) -> None:
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
         """Prove, once nothing of Litmus runs any more, that its fault is gone; mend what it left where that can be done.
+
+        `tracks`: what is left of Litmus, its results among them.
 
         Raises:
             RecoverFailed: it is not gone.
@@ -91,7 +93,7 @@ class _Plain:
     def open(self, site: Site, injection: Injection, step: Step) -> None:
         pass
 
-    def clean(self, site: Site, injection: Injection, step: Step) -> None:
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
         pass
 
     def close(self, site: Site, injection: Injection, step: Step) -> None:
@@ -160,11 +162,30 @@ class Told(_Plain):
         names = [ref.name for ref in injection.refs]
         if injection.refs[0].kind == "node":  # of nodes the result tells after the fault only
             return self._began(site, tracks, names)
-        touched, standing = states.touched(tracks), states.still_injected(tracks)
-        hit = [name for name in names if name in touched]
-        lines = [f"{name}: {'injected' if name in standing else 'touched'} by Litmus's own word alone" for name in hit]
-        lines += [f"{name}: Litmus does not say that it was injected" for name in names if name not in touched]
-        return Sight(effective=bool(names) and len(hit) == len(names), lines=tuple(lines))
+        found = states.targets(tracks)
+        hit = [name for name in names if name in found]
+        # One after the other: those that had it are reverted while the others still wait for it.
+        on = [name for name in hit if found[name] != "reverted" or _is_serial(injection)]
+        lines = [f"{name}: {found[name]} by Litmus's own word alone" for name in hit]
+        lines += [f"{name}: Litmus does not say that it was injected" for name in names if name not in found]
+        return Sight(effective=bool(names) and len(on) == len(names), lines=tuple(lines))
+
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
+        """A pod that Litmus still calls injected, with nothing left that could revert it. Raises RecoverFailed.
+
+        (Of nodes its word is not kept up to date when an experiment is stopped.)
+        """
+        standing = states.still_injected(tracks)
+        refs = [ref for ref in injection.refs if ref.kind == "pod" and ref.name in standing]
+        left = [ref for ref, pod in frozen.read_all(site, refs).items() if pod is not None and not has_ended(pod)]
+        if left:
+            names = ", ".join(ref.shown for ref in left)
+            raise RecoverFailed(
+                f"{names}: injected by Litmus's own word, what made it was ended without reverting it, and nothing of ours "
+                "can see it; it goes with the pod (kubectl delete pod)",
+                driver=NAME,
+                verb="recover",
+            )
 
     def _began(self, site: Site, tracks: Tracks, names: list[str]) -> Sight:
         began = tracks.engine is not None and states.fired(events(site, tracks.engine))
@@ -180,6 +201,9 @@ class Standing(Told):
         names = [text(p, "metadata", "name") for p in tracks.policies]
         lines = [f"NetworkPolicy {name} stands" for name in names] or ["no NetworkPolicy of the experiment stands"]
         return Sight(bool(names), bool(names), tuple(lines))
+
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
+        """The policy is seen, and taken away by who recovers."""
 
 
 class Node(_Plain):
@@ -201,7 +225,7 @@ class Node(_Plain):
             lines.append(f"{ref.shown} {'is cordoned' if cordoned else 'takes pods' if found else 'is gone'}")
         return Sight(effective=closed == len(injection.refs), present=closed > 0, lines=tuple(lines))
 
-    def clean(self, site: Site, injection: Injection, step: Step) -> None:
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
         """A node that is cordoned still takes pods again: Litmus's experiment died before it did that."""
         for ref in injection.refs:
             frozen.change(site, ref, lambda found, ref=ref: _uncordon(site, found, ref.path))
@@ -210,6 +234,16 @@ class Node(_Plain):
 def _uncordon(site: Site, found: Object, path: str) -> None:
     if text(found, "spec", "unschedulable") == "True":
         frozen.patch(site, found, path, {"spec": {"unschedulable": None}})
+
+
+def has_ended(pod: Object) -> bool:
+    """Nothing of it runs any more, and what was in it is gone."""
+    return text(pod, "status", "phase") in ("Succeeded", "Failed")
+
+
+def _is_serial(injection: Injection) -> bool:
+    kind, params = injection.lease.kind, injection.params
+    return kind == faults.BROUGHT and faults.env_of(faults.entry_of(params)).get("SEQUENCE", "") == "serial"
 
 
 def _container(request: Request) -> str:

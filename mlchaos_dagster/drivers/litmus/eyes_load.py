@@ -111,7 +111,7 @@ class Load:
     def open(self, site: Site, injection: Injection, step: Step) -> None:
         """Nothing is needed."""
 
-    def clean(self, site: Site, injection: Injection, step: Step) -> None:
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
         """No stressor is in the containers: one whose helper was killed lives on until its own end. Raises RecoverFailed."""
 
         def left(ref: Ref) -> str:

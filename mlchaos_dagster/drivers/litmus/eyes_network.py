@@ -121,7 +121,7 @@ class Wire:
             (*(line for s in sights for line in s.lines), *lines),
         )
 
-    def clean(self, site: Site, injection: Injection, step: Step) -> None:
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
         """Take Litmus's queue away where its helper died without doing so. Raises RecoverFailed: it is still there."""
         for ref in injection.refs if self.queued else ():
             step(0, 0)

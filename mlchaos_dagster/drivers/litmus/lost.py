@@ -38,7 +38,7 @@ class _Blind:
     def look(self, site: Site, injection: Injection, tracks: Tracks) -> Sight:
         return Sight(effective=False)
 
-    def clean(self, site: Site, injection: Injection, step: Step) -> None:
+    def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
         return
 
     def close(self, site: Site, injection: Injection, step: Step) -> None:

@@ -41,7 +41,7 @@ def take_away(site: Site, injection: Injection, place: Place, eyes: Eyes, step: 
     for policy in left.policies:  # an experiment that was killed leaves it
         _delete(site, f"/apis/networking.k8s.io/v1/namespaces/{place.target_namespace}/networkpolicies", policy)
     step(0, 0)
-    eyes.clean(site, injection, step)
+    eyes.clean(site, injection, tracks.find(site, place), step)  # found anew: who ended last wrote its last word late
     _removed(site, place, step)
     eyes.close(site, injection, step)
 

@@ -71,28 +71,25 @@ def failure(result: Object) -> str:
     return ""
 
 
+def targets(tracks: Tracks) -> dict[str, str]:
+    """Name of each target at which the fault is or has been → what the result says of it; a note is the younger word."""
+    found: dict[str, str] = {}
+    for result in tracks.results:
+        told = [(text(t, "name"), text(t, "chaosStatus")) for t in items(result, "status", "history", "targets")]
+        notes = mapping(result, "metadata", "annotations").items()
+        told += [(k.partition("/")[2], str(v)) for k, v in notes if "/" in k]
+        found |= {name: word.lower() for name, word in told if word.lower() in _TOUCHED}
+    return found
+
+
 def touched(tracks: Tracks) -> set[str]:
     """Names of targets at which the fault is or has been, by the result's own word."""
-    found: set[str] = set()
-    for result in tracks.results:
-        for key, value in mapping(result, "metadata", "annotations").items():
-            if "/" in key and str(value).lower() in _TOUCHED:
-                found.add(key.partition("/")[2])
-        for target in items(result, "status", "history", "targets"):
-            if text(target, "chaosStatus") in _TOUCHED:
-                found.add(text(target, "name"))
-    return found
+    return set(targets(tracks))
 
 
 def still_injected(tracks: Tracks) -> set[str]:
     """Names of targets that were not reverted, by the result's own word."""
-    found: set[str] = set()
-    for result in tracks.results:
-        kept = {text(t, "name"): text(t, "chaosStatus") for t in items(result, "status", "history", "targets")}
-        notes = mapping(result, "metadata", "annotations").items()
-        kept |= {k.partition("/")[2]: str(v).lower() for k, v in notes if "/" in k and str(v).lower() in _TOUCHED}
-        found |= {name for name, status in kept.items() if status == "injected"}
-    return found
+    return {name for name, word in targets(tracks).items() if word == "injected"}
 
 
 def fired(events: Iterable[Object]) -> bool:
