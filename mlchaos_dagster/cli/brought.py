@@ -22,6 +22,26 @@ def is_file(name: str) -> bool:
     return Path(name).suffix in SUFFIXES and Path(name).is_file()
 
 
+def no_lost_file(names: Iterable[str]) -> None:
+    """Raises SpecError: one of the arguments is meant as a file, and is not there."""
+    lost = [n for n in names if Path(n).suffix in SUFFIXES and not Path(n).exists()]
+    if lost:
+        raise SpecError(
+            [Problem(n, "no such file. Allowed: a file, or a name that `mlchaos list` shows.") for n in lost]
+        )
+
+
+def no_file(name: str) -> None:
+    """Where only the name of an experiment is taken. Raises SpecError: it is meant as a file."""
+    no_lost_file([name])
+    if is_file(name):
+        import shlex
+
+        file = shlex.quote(name)
+        how = f"mlchaos check {file} says what it holds, mlchaos import {file} makes experiments of other tools' YAML"
+        raise SpecError(f"a file. Allowed: a name that `mlchaos list` shows; {how}.", name)
+
+
 def read(path: Path) -> Brought | None:
     """What a file of another tool brings; None: it is one of ours. Raises SpecError: it cannot be read."""
     from mlchaos_dagster.catalog import read_spec, show_source
@@ -135,9 +155,10 @@ def _checked(brought: Brought, environment: Environment | None, target: str) -> 
     if not problems:
         n = len(brought.drafts)
         words = f"{n} experiment{'s' * (n != 1)}: {', '.join(d.name for d in brought.drafts)}"
-        of = " --target NAME" if template else ""
+        here = environment.name if environment is not None and environment.kubernetes is not None else "ENVIRONMENT"
+        of = f" -e {here}" + " --target NAME" * template
         notes.append(
-            f"{brought.source}: {words}. Run it: mlchaos run {brought.source} -e ENVIRONMENT{of}; "
+            f"{brought.source}: {words}. Run it: mlchaos run {brought.source}{of}; "
             f"keep it: mlchaos import {brought.source}{of} --to DIR"
         )
     return problems, notes

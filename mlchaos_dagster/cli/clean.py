@@ -36,7 +36,7 @@ def command(dry_run: bool, force: bool, installation: bool, namespaces: tuple[st
     options = app.environment.kubernetes
     if options is None:
         raise SpecError(
-            f"environment {app.environment.name} is no cluster. Allowed: one with kubernetes: (the sandbox: mlchaos sandbox down)",
+            f"environment {app.environment.name} has no cluster. Allowed: one with kubernetes: (for the sandbox: mlchaos sandbox down)",
             "--environment",
         )
     clock = SystemClock()

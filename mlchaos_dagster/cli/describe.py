@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current
+from mlchaos_dagster.cli.brought import no_file
 from mlchaos_dagster.domain.units import show_duration
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def command(name: str) -> None:
     from mlchaos_dagster.domain.checks import check_experiment
 
     app = current()
+    no_file(name)
     environment = app.environment
     progressive = app.catalog.progressive(name)
     if progressive is not None:
@@ -48,7 +50,8 @@ def command(name: str) -> None:
     for problem in problems:
         app.out(f"\nIn {environment.name} it cannot run: {problem.what}")
     if not problems:
-        app.out(f"\nRun it: mlchaos run {name} (window {show_duration(environment.scaled(experiment.duration))} here)")
+        window = show_duration(environment.scaled(experiment.duration))
+        app.out(f"\nRun it: mlchaos run {name} -e {environment.name} (window {window} here)")
 
 
 def _in_stages(app: App, progressive: Progressive, environment: Environment) -> None:
@@ -75,4 +78,4 @@ def _in_stages(app: App, progressive: Progressive, environment: Environment) -> 
     for problem in problems:
         app.out(f"\nIn {environment.name} it cannot run: {problem}")
     if not problems:
-        app.out(f"\nRun all stages, in order: mlchaos run {progressive.name}")
+        app.out(f"\nRun all stages, in order: mlchaos run {progressive.name} -e {environment.name}")

@@ -100,15 +100,20 @@ def _library(app: App) -> Iterator[Finding]:
     from mlchaos_dagster.errors import SpecError
 
     try:
-        checked = app.catalog.check(app.environment)
+        environment = app.environment
+    except SpecError as e:
+        yield Finding("environment", "missing", str(e.problems[0]), "mlchaos list; --library DIR for one of your own")
+        return
+    try:
+        checked = app.catalog.check(environment)
     except SpecError as e:
         yield Finding("library", "missing", str(e.problems[0]), "mlchaos check")
         return
     if checked.problems:
         yield Finding("library", "missing", str(checked.problems[0]), "mlchaos check")
     else:
-        yield Finding("library", "ok", f"{checked.files} files, environment {app.environment.name}")
-        yield Finding("backends", "ok", _serving(app.environment))
+        yield Finding("library", "ok", f"{checked.files} files, environment {environment.name}")
+        yield Finding("backends", "ok", _serving(environment))
 
 
 def _serving(environment: Environment) -> str:
@@ -197,7 +202,11 @@ def of_backend(app: App, backend: str) -> Iterator[Finding]:
 
     environment = app.environment
     if environment.kubernetes is None:
-        raise SpecError(f"environment {environment.name} is no cluster. Allowed: one with kubernetes:", "--environment")
+        clusters = ", ".join(e.name for e in app.catalog.environments() if e.kubernetes is not None)
+        raise SpecError(
+            f"environment {environment.name} has no cluster. Allowed: {clusters or 'one with kubernetes:'}.",
+            "--environment",
+        )
     for point in reached(environment):
         for one in backend_points(point, environment, backend) if isinstance(point, Site) else (point,):
             yield Finding(one.what, one.state, one.saw, one.help)

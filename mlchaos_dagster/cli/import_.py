@@ -112,7 +112,7 @@ def _print(app: App, written: dict[str, str], lines: str) -> None:
         app.out(f"{'---' if i else ''}\n# {path}\n{text.rstrip()}".lstrip("\n"))
     if lines:
         shown = "\n".join(f"# {line}" for line in lines.rstrip().splitlines())
-        app.out(f"\n# the environment {app.environment.name} needs, besides what it has:\n{shown}")
+        app.out(f"\n# {_whose(app.environment)} needs, besides what it has:\n{shown}")
 
 
 def _write(app: App, root: Path, written: dict[str, str], lines: str, stem: str, force: bool) -> None:
@@ -121,7 +121,7 @@ def _write(app: App, root: Path, written: dict[str, str], lines: str, stem: str,
     files = {root / path: text for path, text in written.items()}
     added: Path | None = None
     if lines:
-        said = f"# What the environment {app.environment.name} needs, besides what it has, for {stem}.\n"
+        said = f"# What {_whose(app.environment)} needs, besides what it has, for {stem}.\n"
         added = root / f"add-to-environment-{stem}.txt"
         files[added] = said + lines
     there = [path for path in files if path.exists()]
@@ -138,4 +138,12 @@ def _write(app: App, root: Path, written: dict[str, str], lines: str, stem: str,
         app.out(f"wrote {path}")
     if added:
         app.out(f"\nnext: add what {added} says to the environment's file")
-    app.out(f"then: mlchaos check --library {root}")
+    where = app.environment.name if app.environment.kubernetes is not None else "ENVIRONMENT"
+    app.out(f"then: mlchaos check --library {root} -e {where}")
+
+
+def _whose(environment: Environment) -> str:
+    """Whom lines are for: without -e it may be one that has no cluster."""
+    if environment.kubernetes is not None:
+        return f"the environment {environment.name}"
+    return "the environment of your cluster (-e NAME says which)"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlchaos_dagster.cli.app import App, Names, common, current, leave
-from mlchaos_dagster.cli.brought import is_file, placed, read, taken, tell
+from mlchaos_dagster.cli.brought import is_file, no_lost_file, placed, read, taken, tell
 from mlchaos_dagster.domain.units import show_duration
 from mlchaos_dagster.errors import Problem, SpecError
 
@@ -110,6 +110,7 @@ def prepare(app: App, names: tuple[str, ...], options: dict[str, Any]) -> Reques
         SpecError: with every problem found; nothing was touched.
     """  # noqa: D301 - click wants the control character itself
     _one_source(names, options)
+    no_lost_file(names)
     environment = app.environment
     threshold = _threshold(options["safety_threshold"])
     if options["kind"]:

@@ -67,7 +67,8 @@ def _everything(app: App, places: Places) -> None:
     app.out(f"active runs   {len(runs) or 'none'}")
     for r in runs:
         app.out(f"  {_run_line(r)}")
-    app.out(f"open leases   {len(leases) or 'none: no fault of ours is there'}")
+    none = "none: no fault of ours is there" if cluster is None else "none of this machine"
+    app.out(f"open leases   {len(leases) or none}")
     if leases:
         app.out()
         app.out(_lease_table(leases))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from mlchaos_dagster.domain.environment import ON_CLUSTERS, VALUE_MEASURES, Environment
-from mlchaos_dagster.domain.faults import ACTS_ON, ON_LINKS, ON_OBJECTS
+from mlchaos_dagster.domain.faults import ACTS_ON, BROUGHT, ON_LINKS, ON_OBJECTS
 from mlchaos_dagster.domain.nodes import Path
 from mlchaos_dagster.domain.parsing import Parsed, one_line, show_path, sort_problems, unknown
 from mlchaos_dagster.domain.secrets import REFERENCE, SECRET_KEY
@@ -51,7 +51,10 @@ def through(environment: Environment, backend: str, experiments: Iterable[Experi
     """
     if backend not in environment.backends:
         known = ", ".join(environment.backends)
-        raise SpecError(f"{backend} is no backend of environment {environment.name}. Allowed: {known}.", where)
+        what = f"{backend} is no backend of environment {environment.name}. Allowed: {known}"
+        if backend in BROUGHT.values() and environment.kubernetes is not None:
+            what += f"; or name {backend} in its file, under backends:, with the faults that it is to make (docs/backends.md)"
+        raise SpecError(f"{what}.", where)
     served, problems = environment.backends[backend], list[Problem]()
     for kind in dict.fromkeys(e.fault.kind for e in experiments):
         if kind not in served:

@@ -109,7 +109,10 @@ def by_hand_commands(experiment: Experiment, environment: Environment) -> list[t
     commands = [
         ("mlchaos status " + place, "open leases, active runs, the lever: what is going on"),
         (f"mlchaos stop {experiment.name} {place}", "asks this experiment's run to stop; it recovers at once"),
-        ("mlchaos stop --all", "the lever: stops everything and keeps new runs out until mlchaos stop --release"),
+        (
+            "mlchaos stop --all " + place,
+            f"the lever: stops everything and keeps new runs out until mlchaos stop --release {place}",
+        ),
         (
             "mlchaos recover " + place,
             "takes every fault away that an open lease names, whoever made it; may be repeated",
@@ -143,8 +146,12 @@ def _scope(experiment: Experiment, environment: Environment) -> list[tuple[str, 
 
 def _radius(experiment: Experiment) -> str:
     radius = experiment.blast_radius
-    share = f"{radius.count} targets" if radius.count is not None else show_percent(radius.fraction, 0)
-    return f"{share}, never more than {radius.max_targets} targets"
+    share = _counted(radius.count) if radius.count is not None else show_percent(radius.fraction, 0)
+    return f"{share}, never more than {_counted(radius.max_targets)}"
+
+
+def _counted(targets: int) -> str:
+    return f"{targets} target{'s' * (targets != 1)}"
 
 
 def _window(experiment: Experiment, environment: Environment) -> str:

@@ -227,7 +227,11 @@ def target_text(record: RunRecord) -> str:
 def blast_text(record: RunRecord) -> str:
     """Blast radius asked for and taken."""
     radius = record.experiment.blast_radius
-    asked = f"{radius.count} targets" if radius.count is not None else show_percent(radius.fraction, 0)
+    asked = (
+        f"{radius.count} target{'s' * (radius.count != 1)}"
+        if radius.count is not None
+        else show_percent(radius.fraction, 0)
+    )
     said = f"asked {asked}, at most {radius.max_targets}"
     if record.fault is None:
         return said + "; nothing was taken"

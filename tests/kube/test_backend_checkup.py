@@ -163,7 +163,7 @@ def _watch(value: str) -> Callable[[Any], None]:
 
 
 LITMUS: dict[str, tuple[Callable[[Installed], Any], str, str]] = {
-    "CRDs": (without("/apis/litmuschaos.io/v1alpha1"), "litmus: CRDs", "helm show crds litmuschaos/litmus-core"),
+    "CRDs": (without("/apis/litmuschaos.io/v1alpha1"), "litmus: CRDs", "helm show crds litmus-core --repo"),
     "operator": (without("/apis/apps/v1/deployments"), "litmus: operator", "helm upgrade --install litmus"),
     "operator at 0": (
         changed("/apis/apps/v1/deployments", lambda d: d[0]["spec"].update(replicas=0)),
@@ -222,7 +222,7 @@ LITMUS: dict[str, tuple[Callable[[Installed], Any], str, str]] = {
 """What is taken away → the line that tells it, and how its help begins or what it holds."""
 X509 = "failed calling webhook: tls: failed to verify certificate: x509: certificate has expired"
 CHAOS_MESH: dict[str, tuple[Callable[[Installed], Any], str, str]] = {
-    "CRDs": (without("/apis/chaos-mesh.org/v1alpha1"), "chaos_mesh: CRDs", "helm show crds chaos-mesh/chaos-mesh"),
+    "CRDs": (without("/apis/chaos-mesh.org/v1alpha1"), "chaos_mesh: CRDs", "helm show crds chaos-mesh --repo"),
     "controller": (
         without(CONTROLLERS),
         "chaos_mesh: controller",

@@ -238,7 +238,7 @@ def normalised(engine: dict[str, Any]) -> dict[str, Any]:
 def fragment(look: Looker, node: Node, brought: Brought, path: Path = ()) -> None:
     """A list of entries of `experiments`, without their engine: what is hit must be said when it is run."""
     listed = entries(look.look(node, path, Each(_ENTRY)))
-    missing = Selection(why_none="a list of experiments says not what is hit")
+    missing = Selection(why_none="a list of experiments does not say what is hit")
     for i, entry in enumerate(listed):
         one = _Entry(look, entry, (*path, i), {}, missing)
         one.draft(brought, name_of("brought", str(entry.get("name", ""))), "a list of experiments of Litmus")

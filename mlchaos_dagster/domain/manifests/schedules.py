@@ -241,7 +241,7 @@ def _suite_schedule(look: Looker, plan: _Plan) -> dict[str, Any] | None:
     every = plan.every_s
     if not every:
         if plan.window is None:
-            look.problem(_PATH, "says not how often. Allowed: repeat: {properties: {minChaosInterval: …}}.")
+            look.problem(_PATH, "does not say how often. Allowed: repeat: {properties: {minChaosInterval: …}}.")
             return None
         every = 86400.0
         look.note(_PATH, "no minChaosInterval: once a day is taken.")

@@ -14,7 +14,7 @@ from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import Ref
 
-CHART = "chaos-mesh/chaos-mesh --version 2.8.1"
+CHART = "chaos-mesh --repo https://charts.chaos-mesh.org --version 2.8.1"
 CRDS = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 CONTROLLER = "app.kubernetes.io/component=controller-manager,app.kubernetes.io/name=chaos-mesh"
 DAEMON = "app.kubernetes.io/component=chaos-daemon,app.kubernetes.io/name=chaos-mesh"

@@ -17,7 +17,7 @@ from mlchaos_dagster.kube.client import ApiRefused, Conflict, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text, words
 
 CRDS = ("chaosengines", "chaosexperiments", "chaosresults")
-CHART = "litmuschaos/litmus-core --version 3.28.1"
+CHART = "litmus-core --repo https://litmuschaos.github.io/litmus-helm/ --version 3.28.1"
 INSTALL = f"helm upgrade --install litmus {CHART} -n chaos --create-namespace -f manifests/litmus/values.yaml"
 CRDS_INSTALL = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 _OTHERS = "https://raw.githubusercontent.com/litmuschaos/chaos-charts/3.28.0/faults/kubernetes/{name}/fault.yaml"
