@@ -1,5 +1,7 @@
 """Labels and annotations by which everything of ours in a cluster is found."""
 
+PREFIX = "mlchaos.dev/"
+"""Of all that are ours alone."""
 OPT_IN = "mlchaos.dev/allow"
 """On a namespace: `true` lets faults in."""
 MANAGED_BY = "app.kubernetes.io/managed-by"

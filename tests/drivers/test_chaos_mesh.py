@@ -9,13 +9,14 @@ from typing import Any, cast
 import pytest
 
 from mlchaos_dagster.agent import eye as inside
-from mlchaos_dagster.domain.environment import Kubernetes
+from mlchaos_dagster.domain.environment import Kubernetes, Target
 from mlchaos_dagster.drivers.chaos_mesh import leavings, life, specs, states
+from mlchaos_dagster.drivers.chaos_mesh.brought import Brought
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
 from mlchaos_dagster.drivers.chaos_mesh.handler import Fault
 from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import Quiet
 from mlchaos_dagster.drivers.chaos_mesh.resources import PAUSE, chain_names, name_of, resource, set_prefix
-from mlchaos_dagster.drivers.cluster.handler import Injection
+from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.engine.ports import no_step
 from mlchaos_dagster.errors import InjectFailed, LeaseRefused, RecoverFailed
 from mlchaos_dagster.kube import leases
@@ -88,6 +89,37 @@ def test_resources_are_born_paused_except_acts_that_ignore_it() -> None:
     assert held["metadata"]["name"] == name_of("mlchaos-x-0123456789") == "mlchaos-0123456789"
     assert held["metadata"]["labels"]["mlchaos.dev/lease"] == "mlchaos-x-0123456789"
     assert resource("mlchaos-x-0123456789", *_made("PodChaos", "pod-kill"))["metadata"]["annotations"] == {}
+
+
+def test_a_brought_resource_cannot_ask_to_go_unrecovered() -> None:
+    marks = {"chaos-mesh.chaos-mesh.org/cleanFinalizer": "forced", "mlchaos.dev/before": "{}", "team": "ml"}
+    made = resource("mlchaos-x-0123456789", *_made("TimeChaos", ""), marks={"annotations": marks, "labels": marks})
+    assert made["metadata"]["annotations"] == {"team": "ml", PAUSE: "true"}
+    assert made["metadata"]["labels"].keys() & marks.keys() == {"team"}
+
+
+@pytest.mark.parametrize(
+    ("direction", "selector", "closed"),
+    [
+        ("to", {"namespaces": ["bank"]}, 0),
+        ("both", {"namespaces": ["shop"]}, 0),
+        ("both", {"namespaces": ["bank"]}, 1),
+        ("from", {"pods": {"bank": ["a"]}}, 1),
+        ("from", {"namespaces": ["kube-system", "bank"]}, 2),
+    ],
+)
+def test_rules_at_the_other_end_only_where_faults_are_let_in(
+    mesh: Mesh, site: Site, direction: str, selector: dict[str, Any], closed: int
+) -> None:
+    """Of these directions Chaos Mesh makes rules in the pods at the other end, too."""
+    mesh.objects["/api/v1/namespaces/shop"] = {"metadata": {"labels": {"mlchaos.dev/allow": "true"}}}
+    mesh.objects["/api/v1/namespaces/bank"] = {"metadata": {}}
+    spec = {"action": "loss", "direction": direction, "target": {"mode": "all", "selector": selector}}
+    params = {"resource": {"kind": "NetworkChaos", "spec": spec}}
+    target = Target.model_validate({"select": "app=web", "kubernetes": {"namespace": "shop"}})
+    request = Request("chaos_mesh_resource", REFS, REFS, params, target)
+    said = [o.saw for o in Brought().objections(site, request) if o.saw.startswith("namespace ")]
+    assert len(said) == closed
 
 
 def _made(kind: str, action: str) -> tuple[str, str, dict[str, Any]]:

@@ -200,3 +200,20 @@ def test_queues_as_tc_tells_them() -> None:
     ]
     assert [(q.device, q.delay_s, q.dropped, q.packets) for q in netems(shown)] == [("eth0", 0.2, 3, 40)]
     assert netems(shown[:2]) == []
+
+
+def test_whom_it_hits_and_by_what_it_is_found_cannot_come_from_elsewhere() -> None:
+    """A brought engine keeps its own marks and variables, but for those by which its targets and its pods are known."""
+    elsewhere = {"valueFrom": {"configMapKeyRef": {"name": "a", "key": "b"}}}
+    fault = brought("pod-delete", CHAOS_INTERVAL="10")
+    variables = fault["engine"]["experiments"][0]["spec"]["components"]["env"]
+    variables += [{"name": "TARGET_PODS", **elsewhere}, {"name": "TOKEN", **elsewhere}]
+    marks = {"chaosUID": "x", "mlchaos.dev/undo": "x", "team": "ml"}
+    fault["engine"] |= {"labels": marks, "annotations": marks, "components": {"runner": {"runnerLabels": marks}}}
+    owned = Selection("ml", ("web-a", "web-b"), workloads=(("deployment", "web"),))
+    made = engine.body("l", Litmus(), "ml", faults.plan(faults.BROUGHT, fault, owned, 30.0), owned, fault)
+    names = [e["name"] for e in made["spec"]["experiments"][0]["spec"]["components"]["env"]]
+    assert "TOKEN" in names and "TARGET_PODS" not in names
+    runner = made["spec"]["components"]["runner"]["runnerLabels"]
+    for found in (made["metadata"]["labels"], made["metadata"]["annotations"], runner):
+        assert found["team"] == "ml" and not {"chaosUID", "mlchaos.dev/undo"} & set(found)

@@ -21,6 +21,7 @@ from mlchaos_dagster.drivers.chaos_mesh.resolver_eyes import ResolverEyes
 from mlchaos_dagster.drivers.chaos_mesh.resources import WITHOUT_PODS, frozen_selector
 from mlchaos_dagster.drivers.chaos_mesh.specs import Made
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.cluster.preflight import opted_in
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import Object, mapping, text, words
@@ -51,7 +52,7 @@ class Brought:
 
     def objections(self, site: Site, request: Request) -> Iterator[Objection]:
         """What cannot be guarded, then as for every kind."""
-        found = list(_against(request))
+        found = [*_against(request), *opted_in(site, _other_spaces(request.params["resource"]))]
         yield from found
         if not found:
             fault, meant = _meant(request)
@@ -98,6 +99,15 @@ def _meant(request: Request) -> tuple[Fault, Request]:
         place = request.target.kubernetes.model_copy(update={"container": names[0]})
         request = replace(request, target=request.target.model_copy(update={"kubernetes": place}))
     return _fault(resource), request
+
+
+def _other_spaces(resource: Object) -> set[str]:
+    """Namespaces of the pods at the other end of a link, where rules are made in those, too (`from`, `both`)."""
+    spec = mapping(resource, "spec")
+    if text(resource, "kind") != "NetworkChaos" or text(spec, "direction") not in ("from", "both"):
+        return set()
+    chosen = mapping(spec, "target", "selector")
+    return {*words(chosen, "namespaces"), *mapping(chosen, "pods")}
 
 
 def _against(request: Request) -> Iterator[Objection]:

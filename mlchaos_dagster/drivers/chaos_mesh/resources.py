@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlchaos_dagster.agent.network_plan import short_name
-from mlchaos_dagster.kube.labels import of_lease
+from mlchaos_dagster.kube.labels import PREFIX, of_lease
 from mlchaos_dagster.kube.objects import Object, part, text
 from mlchaos_dagster.kube.refs import Ref
 
@@ -84,7 +84,7 @@ def resource(
 ) -> Object:
     """A resource as it is created: paused where it can be, so that nothing is injected before it was looked at.
 
-    `marks` are `labels` and `annotations` of a team's own resource; ours win.
+    `marks` are `labels` and `annotations` of a team's own resource; pause and forced clean-up are ours to say.
     """
     pause = {} if is_one_shot(kind, spec) else {PAUSE: "true"}
     return {
@@ -93,11 +93,16 @@ def resource(
         "metadata": {
             "name": name or name_of(lease_id),
             "namespace": namespace,
-            "labels": {**(part(marks, "labels") or {}), **of_lease(lease_id, FAULT)},
-            "annotations": {**(part(marks, "annotations") or {}), **pause},
+            "labels": {**_theirs(marks, "labels"), **of_lease(lease_id, FAULT)},
+            "annotations": {**_theirs(marks, "annotations"), **pause},
         },
         "spec": dict(spec),
     }
+
+
+def _theirs(marks: Mapping[str, Any], key: str) -> dict[str, Any]:
+    given: dict[str, Any] = part(marks, key) or {}
+    return {k: v for k, v in given.items() if f"{GROUP}/" not in k and not k.startswith(PREFIX)}
 
 
 def chain_names(name: str) -> tuple[str, str]:

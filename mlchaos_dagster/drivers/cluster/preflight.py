@@ -67,7 +67,12 @@ def permissions(request: Request, handler_permissions: Iterator[Permission]) -> 
 
 
 def _opted_in(site: Site, request: Request) -> Iterator[Objection]:
-    for name in sorted({ref.namespace for ref in request.refs if ref.namespace}):
+    yield from opted_in(site, {ref.namespace for ref in request.refs if ref.namespace})
+
+
+def opted_in(site: Site, spaces: Iterable[str]) -> Iterator[Objection]:
+    """Namespaces that did not let faults in."""
+    for name in sorted(set(spaces)):
         if name in _NEVER:
             yield Objection(f"namespace {name} carries the cluster itself", "a target in another namespace")
         elif text(site.cluster.get(f"/api/v1/namespaces/{name}"), "metadata", "labels", OPT_IN) != "true":

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlchaos_dagster.domain.environment import Litmus
-from mlchaos_dagster.drivers.litmus.faults import PARTITION, Plan, Selection, entry_of, label_of
-from mlchaos_dagster.kube.labels import LEASE, of_lease
+from mlchaos_dagster.drivers.litmus.faults import OURS, PARTITION, Plan, Selection, entry_of, label_of
+from mlchaos_dagster.kube.labels import LEASE, PREFIX, of_lease
 from mlchaos_dagster.kube.lease_objects import object_name
 from mlchaos_dagster.kube.objects import Object
 
@@ -22,6 +22,8 @@ GROUP = "litmuschaos.io"
 ACTIVE, STOP = "active", "stop"
 KINDS = ("deployment", "statefulset", "daemonset", "deploymentconfig", "rollout")
 """Owners that Litmus knows by name or label."""
+UID = "chaosUID"
+"""Label, by which Litmus knows its own: the uid of the ChaosEngine."""
 _NOT_SPEC = ("annotations", "labels")
 
 
@@ -64,7 +66,7 @@ def body(
         # Experiment and helpers get the engine's own labels, its runner only these.
         "components": {
             **components,
-            "runner": {**runner, "runnerLabels": {**(runner.get("runnerLabels") or {}), **labels}},
+            "runner": {**runner, "runnerLabels": {**_theirs(runner, "runnerLabels"), **labels}},
         },
         "experiments": [_experiment(entry, {**options.env, **plan.env}, grace_s)],
         **_selected(lease_id, plan, targets, checked),
@@ -75,11 +77,17 @@ def body(
         "metadata": {
             "name": name_of(lease_id),
             "namespace": namespace,
-            "labels": {**brought.get("labels", {}), **labels},
-            "annotations": {**brought.get("annotations", {}), LEASE: lease_id},
+            "labels": {**_theirs(brought, "labels"), **labels},
+            "annotations": {**_theirs(brought, "annotations"), LEASE: lease_id},
         },
         "spec": spec,
     }
+
+
+def _theirs(brought: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Marks that a team gave its engine, without those by which everything of a lease is found."""
+    marks: dict[str, str] = brought.get(key) or {}
+    return {k: v for k, v in marks.items() if k != UID and not k.startswith(PREFIX)}
 
 
 def _experiment(entry: dict[str, Any], env: dict[str, str], grace_s: int) -> dict[str, Any]:
@@ -89,7 +97,7 @@ def _experiment(entry: dict[str, Any], env: dict[str, str], grace_s: int) -> dic
     given: list[dict[str, Any]] = components.get("env") or []
     # The runner exports the engine's field under this name, but a variable of the ChaosExperiment would win over it.
     env = {**env, "TERMINATION_GRACE_PERIOD_SECONDS": str(grace_s)}
-    elsewhere = [e for e in given if "valueFrom" in e and e["name"] not in env]
+    elsewhere = [e for e in given if "valueFrom" in e and e["name"] not in OURS | env.keys()]
     own = [{"name": name, "value": value} for name, value in sorted(env.items())]
     return {**entry, "spec": {**spec, "components": {**components, "env": [*own, *elsewhere]}}}
 

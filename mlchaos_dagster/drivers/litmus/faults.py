@@ -50,7 +50,7 @@ MANY_NODES = frozenset({"node-cpu-hog", "node-memory-hog", "node-io-stress"})
 """Of these, those that take `TARGET_NODES`; the others one `TARGET_NODE`."""
 KILLS = frozenset({"pod-delete", "container-kill"})
 """Experiments that act again at every `CHAOS_INTERVAL`."""
-_OURS = frozenset({"TARGET_PODS", "TARGET_NODE", "TARGET_NODES", "NODE_LABEL", "PODS_AFFECTED_PERC", "INSTANCE_ID"})
+OURS = frozenset({"TARGET_PODS", "TARGET_NODE", "TARGET_NODES", "NODE_LABEL", "PODS_AFFECTED_PERC", "INSTANCE_ID"})
 """Variables of a brought engine that are replaced: whom it hits is frozen, and its result is found by its engine."""
 
 
@@ -108,7 +108,7 @@ def plan(
     """The experiment for a fault that lasts `duration_s`; `peers`: the other end of a link (`network_links.other_end`)."""
     experiment, seconds = experiment_of(kind, params), math.ceil(duration_s)
     brought = env_of(entry_of(params)) if kind == BROUGHT else {}
-    env = {k: v for k, v in brought.items() if k not in _OURS}
+    env = {k: v for k, v in brought.items() if k not in OURS}
     if kind != BROUGHT:
         env |= {"SEQUENCE": "parallel", "RAMP_TIME": "0", **_own(kind, params, peers or {})}
         if targets.container and experiment not in ("pod-delete", PARTITION):

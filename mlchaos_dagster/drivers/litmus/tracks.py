@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from mlchaos_dagster.drivers.kubernetes.faults.network_policy import LABEL
-from mlchaos_dagster.drivers.litmus.engine import collection
+from mlchaos_dagster.drivers.litmus.engine import UID, collection
 from mlchaos_dagster.kube.client import Site
 from mlchaos_dagster.kube.labels import LEASE
 from mlchaos_dagster.kube.objects import Object, text
 from mlchaos_dagster.kube.refs import collection as of_kube
-
-UID = "chaosUID"
 
 
 @dataclass(frozen=True)
