@@ -72,7 +72,12 @@ def _by(one: Difference | None) -> str:
 
 def _general() -> str:
     rows = [
-        ("until the effect is there", "0.1 to 3 s", litmus.START, chaos_mesh.START),
+        (
+            "until the effect is there",
+            "At once, but for network faults: their agent must start first.",
+            litmus.START,
+            chaos_mesh.START,
+        ),
         ("end", "By the run itself, in a second or two.", litmus.END, chaos_mesh.END),
         (
             "its own word for it",

@@ -167,7 +167,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     allowed = list(allowed)
     if word in ALIASES and ALIASES[word] in allowed:
         return ALIASES[word]
-    found = get_close_matches(word[:100].lower().replace("-", "_"), [a.lower().replace("-", "_") for a in allowed], 1, 0.6)
+    found = get_close_matches(
+        word[:100].lower().replace("-", "_"), [a.lower().replace("-", "_") for a in allowed], 1, 0.6
+    )
     return next((a for a in allowed if found and a.lower().replace("-", "_") == found[0]), None)
 
 

@@ -131,7 +131,10 @@ def test_a_wrong_argument(words: list[str], beginnings: list[str], cli: Cli, hom
 def test_a_missing_environment_by_variable(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLCHAOS_ENVIRONMENT", "moon")
     answer = cli("run", "serving-pod-failure")
-    assert (answer.code, answer.err) == (2, 'no environment "moon". Allowed: cluster, rollouts, sandbox, sandbox-10, staging.\n')
+    assert (answer.code, answer.err) == (
+        2,
+        'no environment "moon". Allowed: cluster, rollouts, sandbox, sandbox-10, staging.\n',
+    )
 
 
 def test_an_experiment_that_the_environment_has_no_backend_for(cli: Cli, tmp_path: Path, home: Path) -> None:

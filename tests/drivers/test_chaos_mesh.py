@@ -343,6 +343,46 @@ def test_what_our_eyes_still_see_is_mended_and_otherwise_the_resource_stays(
     assert mesh.log[-1] == "pause" and eyes.mended == 1
 
 
+def _halted(mesh: Mesh, site: Site, injection: Injection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let go, and nothing said by a controller that is slow: somebody says stop."""
+    monkeypatch.setattr(mesh, "_reconcile", lambda: None)
+    _, spec = specs.pod_failure(REFS)
+    made = resource("mlchaos-x-0123456789", "PodChaos", "shop", spec)
+    del made["metadata"]["annotations"][PAUSE]
+    mesh.create("/apis/chaos-mesh.org/v1alpha1/namespaces/shop/podchaos", {**made, **with_records(record(*_FRESH))})
+
+
+_FRESH = ("Not Injected", 0, 0)
+
+
+def test_what_is_injected_while_it_is_taken_away_is_seen(
+    mesh: Mesh, site: Site, injection: Injection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record without a count may have an injection under way: one look before the resource goes is too early."""
+    _halted(mesh, site, injection, monkeypatch)
+    fault, _ = _fault(False, True)
+    with pytest.raises(RecoverFailed, match="seen"):
+        fault.recover(site, injection, no_step)
+
+
+def test_no_finalizer_is_taken_off_what_was_injected_after_our_look(
+    mesh: Mesh, site: Site, injection: Injection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _halted(mesh, site, injection, monkeypatch)
+    found = next(o for p, o in mesh.objects.items() if "podchaos" in p)
+    found["metadata"]["finalizers"] = ["chaos-mesh/records"]
+
+    def late(path: str, **query: Any) -> bool:
+        found["metadata"]["deletionTimestamp"] = "now"
+        found.update(with_records(record("Injected", 1, 0)))
+        return True
+
+    monkeypatch.setattr(mesh, "delete", late)
+    with pytest.raises(RecoverFailed, match="injected after our look"):
+        _fault(False)[0].recover(site, injection, no_step)
+    assert found["metadata"]["finalizers"] and mesh.log[-1] == "pause"
+
+
 def test_a_deleted_resource_is_inert_only_when_no_target_is_halfway() -> None:
     gone = {"metadata": {"deletionTimestamp": "now"}}
     assert life.inert({**gone, **with_records(record("Injected", 1, 0))})

@@ -300,6 +300,5 @@ def _is_bigger(seen: dict[str, Any]) -> bool:
     return bool(seen["cgroup"]["oom_group"]) or most > _BIGGER * int(seen["own"])
 
 
-
 def _mib(size: int | None) -> str:
     return "?" if size is None else f"{size / _MIB:.0f} MiB"
