@@ -97,7 +97,9 @@ class Fault:
             said += failed
             said += leavings.take_back(site, injection, now, step)
         self.eyes.reopen(site, injection, step)
-        seen = self.eyes.look(site, injection, now, last=not failed)
+        # Let go and not injected everywhere: its controller may be at it this very moment, and tells afterwards.
+        early = not failed and any(not (states.injected(one) or life.is_paused(one)) for one in those)
+        seen = self.eyes.look(site, injection, now, last=not failed and not early)
         if seen.present:
             said += self.eyes.mend(site, injection, step)
             seen = self.eyes.look(site, injection, now, last=True)
@@ -112,6 +114,8 @@ class Fault:
             names = ", ".join(map(shown, left))
             why = f"the targets were seen clean, and {names} cannot be deleted yet"
             raise RecoverFailed("; ".join([why, *told]), driver=NAME, lease_id=lease.id)
+        if early and (seen := self.eyes.look(site, injection, now, last=True)).present:
+            raise RecoverFailed("; ".join([*told, *seen.lines]), driver=NAME, lease_id=lease.id)
         if told:
             _told[lease.id] = told
 

@@ -158,7 +158,7 @@ def pause(site: Site, found: Object) -> str:
     spec = mapping(found, "spec")
     if is_one_shot(text(found, "kind"), spec) or text(found, "metadata", "deletionTimestamp"):
         return ""
-    if text(found, "metadata", "annotations", PAUSE) == "true":
+    if is_paused(found):
         return ""
     try:
         _change(site, found, lambda now: _annotate(site, now, found, PAUSE, "true"))
@@ -169,6 +169,11 @@ def pause(site: Site, found: Object) -> str:
             raise
         return f"{shown(found)} could not be paused: {e}"
     return ""
+
+
+def is_paused(found: Object) -> bool:
+    """It was never let go, or was told to recover."""
+    return text(found, "metadata", "annotations", PAUSE) == "true"
 
 
 def rested(site: Site, those: Sequence[Object], limit_s: float, step: Step) -> tuple[list[Object], list[str]]:
@@ -212,12 +217,14 @@ def release(site: Site, those: Sequence[Object], step: Step) -> tuple[list[Objec
     """Take the finalizers off what does not go. Only after our own look at the target proved it clean.
 
     Chaos Mesh's own way first (the annotation), then ours. Its webhooks see both: where its controller is down, neither
-    is let through, and what is left waits for it.
+    is let through, and what is left waits for it. So does what was injected since `those` were read: its controller
+    works, and was slow.
 
     Returns:
         What is still there, and what was done.
     """
     said: list[str] = []
+    before = {text(one, "metadata", "uid"): states.injections(one) for one in those}
     left = gone(site, those, _GONE_S, step)
     for body, what, limit_s in (
         ({"annotations": {FORCED: "forced"}}, f"{FORCED}=forced", _FORCED_S),
@@ -225,6 +232,8 @@ def release(site: Site, those: Sequence[Object], step: Step) -> tuple[list[Objec
     ):
         if not left:
             return [], said
+        if late := [one for one in left if states.injections(one) > before[text(one, "metadata", "uid")]]:
+            return left, [*said, *(f"{shown(one)} was injected after our look" for one in late)]
         for found in left:
             try:
                 if _change(

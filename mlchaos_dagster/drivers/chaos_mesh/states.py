@@ -63,6 +63,11 @@ def recovered(found: Object) -> bool:
     )
 
 
+def injections(found: Object) -> int:
+    """How often a target was injected, all together."""
+    return sum(count(r, "injectedCount") for r in records(found))
+
+
 def at_rest(found: Object) -> bool:
     """Each target is recovered or was never touched: some were injected before the stop, some were not."""
     return all(
