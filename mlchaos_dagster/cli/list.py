@@ -11,6 +11,9 @@ from mlchaos_dagster.domain.spec import Experiment
 from mlchaos_dagster.domain.stages import Progressive
 from mlchaos_dagster.domain.units import show_duration
 
+_TITLE = 40
+"""Of a title so many characters are worth more than a further column."""
+
 
 @click.command("list")
 @common
@@ -48,7 +51,9 @@ def command() -> None:
         }
     )
     rows = [_row(spec, environment) for spec in app.catalog.written()]
-    app.out(table(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows, app.width))
+    app.out(_fitting(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows, app.width))
+    if any("→" in row[4] for row in rows):
+        app.out(f"(WINDOW: as written → in {environment.name}; `mlchaos describe NAME` shows all of one)")
     app.out()
     app.out(
         table(
@@ -61,6 +66,17 @@ def command() -> None:
     app.out(table(("ENVIRONMENT", "BACKENDS", "TITLE"), named, app.width))
 
 
+def _fitting(headers: tuple[str, ...], rows: list[list[str]], width: int) -> str:
+    """The table with as many columns as leave room for a title; the title says more than where it belongs."""
+    left = list(range(len(headers)))
+    for column in ("AREA", "WINDOW", "TARGET", "FAULT"):
+        others = sum(max(len(line[i]) for line in (headers, *rows)) + 2 for i in left[:-1])
+        if not width or width - others >= _TITLE:
+            break
+        left.remove(headers.index(column))
+    return table([headers[i] for i in left], ([row[i] for i in left] for row in rows), width)
+
+
 def _backends(environment: Environment) -> str:
     """All of them, and which one serves what it shares with another."""
     return ", ".join(b + (" (preferred)" if b == environment.prefer else "") for b in environment.backends)
@@ -69,8 +85,8 @@ def _backends(environment: Environment) -> str:
 def _row(spec: Experiment | Progressive, environment: Environment) -> list[str]:
     """One experiment, or one in stages: a line either way."""
     ones = [spec] if isinstance(spec, Experiment) else spec.experiments()
-    long = ", ".join(show_duration(e.duration) for e in ones)
-    short = ", ".join(show_duration(environment.scaled(e.duration)) for e in ones)
+    long = show_duration(sum(e.duration for e in ones))
+    short = show_duration(sum(environment.scaled(e.duration) for e in ones))
     window = long if long == short else f"{long} → {short}"
     here = "" if not any(check_experiment(e, environment) for e in ones) else f"(not in {environment.name}) "
     stages = "" if isinstance(spec, Experiment) else f" ({len(ones)} stages)"

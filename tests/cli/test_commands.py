@@ -412,3 +412,24 @@ def test_a_lease_that_nobody_can_prove_clean_is_written_off_with_a_reason_and_a_
     assert answer["written_off"] == ["lease-1"] and answer["clean"] is False
     assert json.loads(cli("status", "-o", "json").out)["open_leases"] == []
     assert "the bucket was deleted" in (home / "incidents.jsonl").read_text()
+
+
+def test_a_list_for_a_narrow_terminal_keeps_names_and_titles() -> None:
+    from mlchaos_dagster.cli.list import _fitting  # pyright: ignore[reportPrivateUsage]
+
+    headers = ("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE")
+    rows = [
+        [
+            "serving-pod-failure-of-half",
+            "serving",
+            "certificate_rotation",
+            "prediction-service",
+            "10 m → 15 s",
+            "word " * 12,
+        ]
+    ]
+    for width in (60, 80, 120, 160):
+        head, line = _fitting(headers, rows, width).splitlines()
+        assert len(line) <= width and line.startswith("serving-pod-failure") and "word word" in line
+        assert ("TARGET" in head) == (width >= 120) and ("AREA" in head) == (width == 160)
+    assert "AREA" in _fitting(headers, rows, 0)

@@ -23,7 +23,7 @@ from tests.evidence.builders import all_runs
 pytestmark = pytest.mark.req("R3-10")
 NAME = "serving-progressive"
 OPTIONS: dict[str, Any] = dict.fromkeys(
-    ("suite", "kind", "name", "target", "duration", "safety_threshold", "config", "stages")
+    ("suite", "kind", "name", "target", "duration", "safety_threshold", "config", "stages", "backend")
 ) | {"param": ()}
 
 
