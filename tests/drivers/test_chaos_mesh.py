@@ -10,7 +10,7 @@ import pytest
 
 from mlchaos_dagster.agent import eye as inside
 from mlchaos_dagster.domain.environment import Kubernetes, Target
-from mlchaos_dagster.drivers.chaos_mesh import leavings, life, specs, states
+from mlchaos_dagster.drivers.chaos_mesh import leavings, life, lost, specs, states
 from mlchaos_dagster.drivers.chaos_mesh.brought import Brought
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
 from mlchaos_dagster.drivers.chaos_mesh.handler import Fault
@@ -381,6 +381,23 @@ def test_no_finalizer_is_taken_off_what_was_injected_after_our_look(
     with pytest.raises(RecoverFailed, match="injected after our look"):
         _fault(False)[0].recover(site, injection, no_step)
     assert found["metadata"]["finalizers"] and mesh.log[-1] == "pause"
+
+
+def test_a_lost_resource_that_is_still_on_is_not_called_removed(
+    mesh: Mesh, site: Site, injection: Injection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost, "_GONE_S", 0.01)
+    _halted(mesh, site, injection, monkeypatch)
+    path, found = next((p, o) for p, o in mesh.objects.items() if "podchaos" in p)
+
+    def late(path: str, **query: Any) -> bool:
+        found["metadata"]["deletionTimestamp"] = "now"
+        found.update(with_records(record("Injected", 1, 0)))
+        return True
+
+    monkeypatch.setattr(mesh, "delete", late)
+    with pytest.raises(RecoverFailed, match="does not go"):
+        lost.take_away(site, path, injection.lease, no_step)
 
 
 def test_a_deleted_resource_is_inert_only_when_no_target_is_halfway() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes
 from mlchaos_dagster.drivers.cluster.handler import Injection
-from mlchaos_dagster.drivers.litmus import handler, recovery
+from mlchaos_dagster.drivers.litmus import handler, lost, recovery
 from mlchaos_dagster.drivers.litmus.engine import collection
 from mlchaos_dagster.drivers.litmus.handler import LitmusFault
 from mlchaos_dagster.engine.ports import Lease, no_step
@@ -276,3 +276,18 @@ def test_a_target_that_litmus_calls_injected_is_not_clean() -> None:
     del world.objects[f"{PODS}/web-a"]  # and what was in it with it
     FAULT.recover(site, injection, no_step)
     assert not FAULT.active(site, injection).present and not world.objects
+
+
+def test_a_lost_engine_whose_result_says_injected_is_not_called_mended() -> None:
+    world = World()
+    site, injection = case(world)
+    FAULT.inject(site, injection, no_step)
+    result = next(o for p, o in world.objects.items() if p.startswith(RESULTS))
+    result["metadata"]["annotations"] = {"pod/web-a": "injected", "pod/web-z": "injected"}
+    path = f"{ENGINES}/{LEASE_ID}"
+    with pytest.raises(RecoverFailed, match="ml/web-a: injected"):
+        lost.take_away(site, path, injection.lease, no_step)
+    assert path in world.objects, "found again by the next"
+    del world.objects[f"{PODS}/web-a"]
+    assert "removed" in lost.take_away(site, path, injection.lease, no_step)
+    assert not world.objects

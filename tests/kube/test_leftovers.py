@@ -85,3 +85,11 @@ def test_an_engine_whose_lease_is_lost_is_ended_through_its_tool(monkeypatch: py
     assert (row.action, row.why) == (
         ("mended", "stopped and removed") if goes else ("failed", "a helper pod does not end")
     )
+
+
+@pytest.mark.parametrize("extra", ["", "-2", "-c1", "-e0", "-q3", "-d2"])
+def test_helpers_of_a_live_lease_are_its_own(extra: str) -> None:
+    """Killers, agents, cleaners, eyes and readers of queues: none is a leftover while its run lives."""
+    name = f"mlchaos-1a2b{extra}"
+    found = leftovers.Leftover("helper", "pod", "shop", "web-1", "/x", "u", name)
+    assert leftovers.is_of(found, [LEASE]) and not leftovers.is_of(found, ["mlchaos-web-down-1a2c"])

@@ -6,7 +6,7 @@ recovered. Finalizers are left alone: what does not go may be on.
 
 from __future__ import annotations
 
-from mlchaos_dagster.drivers.chaos_mesh import leavings, life
+from mlchaos_dagster.drivers.chaos_mesh import leavings, life, states
 from mlchaos_dagster.drivers.chaos_mesh.resources import FORCED, shown
 from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.engine.ports import Lease, Step
@@ -35,7 +35,9 @@ def take_away(site: Site, path: str, lease: Lease, step: Step) -> str:
         undo = {"kind": text(found, "kind"), "namespace": text(found, "metadata", "namespace")}
         said += failed + leavings.take_back(site, Injection(lease, _pods(found), undo), now, step)
     life.delete(site, now)
-    left = [one for one in life.gone(site, now, _GONE_S, step) if not life.inert(one) or failed]
+    left = [
+        one for one in life.gone(site, now, _GONE_S, step) if failed or not (life.inert(one) and states.at_rest(one))
+    ]
     if left:
         forced = f"kubectl annotate {text(found, 'kind').lower()} {text(found, 'metadata', 'name')} {FORCED}=forced"
         where = f"-n {text(found, 'metadata', 'namespace')}"

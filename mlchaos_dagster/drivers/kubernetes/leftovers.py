@@ -20,7 +20,7 @@ from mlchaos_dagster.kube.rollouts import GROUP
 
 HELPER_PREFIX = "mlchaos-"
 """Of the names of ephemeral containers."""
-_EXTRA = re.compile(r"-c?\d{1,2}$")
+_EXTRA = re.compile(r"-[cdeq]?\d{1,2}$")
 """What a second container of a lease in the same pod has more."""
 _MARKED = ("pod", "deployment", "statefulset", "secret")
 """Namespaced kinds that a fault changes in place."""

@@ -10,18 +10,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
-from mlchaos_dagster.drivers.litmus import recovery
-from mlchaos_dagster.drivers.litmus.eyes import Sight
+from mlchaos_dagster.drivers.litmus import recovery, states
+from mlchaos_dagster.drivers.litmus.eyes import Sight, has_ended
 from mlchaos_dagster.drivers.litmus.tracks import Place, Tracks
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
+from mlchaos_dagster.errors import RecoverFailed
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import items, text
+from mlchaos_dagster.kube.refs import collection
 
 PLURAL = "chaosengines"
 
 
 class _Blind:
-    """Eyes that have nothing to look at."""
+    """Eyes that have nothing to look at but Litmus's word."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
 
     def permissions(self, request: Request) -> Iterable[Permission]:
         return ()
@@ -39,7 +44,17 @@ class _Blind:
         return Sight(effective=False)
 
     def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
-        return
+        """A pod that Litmus still calls injected, and that was there then. Raises RecoverFailed."""
+        since = min((text(r, "metadata", "creationTimestamp") for r in tracks.results), default="")
+        for name in sorted(states.still_injected(tracks)):
+            pod = site.cluster.get(f"{collection('pod', self.namespace)}/{name}")
+            if pod is not None and not has_ended(pod) and text(pod, "metadata", "creationTimestamp") <= since:
+                raise RecoverFailed(
+                    f"{self.namespace}/{name}: injected by Litmus's own word, what made it was ended without reverting it; it "
+                    f"goes with the pod: kubectl delete pod {name} -n {self.namespace}",
+                    driver=recovery.NAME,
+                    verb="recover",
+                )
 
     def close(self, site: Site, injection: Injection, step: Step) -> None:
         return
@@ -57,5 +72,5 @@ def take_away(site: Site, path: str, lease: Lease, step: Step) -> str:
     pods = items(engine, "spec", "selectors", "pods") + items(engine, "spec", "selectors", "workloads")
     target = text(engine, "spec", "appinfo", "appns") or next((text(p, "namespace") for p in pods), "") or namespace
     place = Place(namespace, name, target, lease.id)
-    recovery.take_away(site, Injection(lease, (), {}), place, _Blind(), step)
+    recovery.take_away(site, Injection(lease, (), {}), place, _Blind(target), step)
     return "stopped and removed with all it ran; its targets were not looked at, since its lease is lost"
