@@ -7,12 +7,15 @@ from typing import Any, cast
 
 import pytest
 
+from mlchaos_dagster.domain.environment import Kubernetes
 from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.litmus import states
-from mlchaos_dagster.drivers.litmus.eyes import Told
+from mlchaos_dagster.drivers.litmus.eyes import Node, Told
 from mlchaos_dagster.drivers.litmus.tracks import Tracks
-from mlchaos_dagster.kube.client import Site
+from mlchaos_dagster.engine.ports import no_step
+from mlchaos_dagster.kube.client import Cluster, Site
 from mlchaos_dagster.kube.refs import Ref
+from tests.kube.fake_api import Api
 from tests.kube.test_leases import a_lease
 
 
@@ -124,3 +127,15 @@ def test_findings() -> None:
     assert stopped.passed is None
     bare = states.findings([a_result("Completed", "Pass", share="100")])[0]
     assert bare.passed and "no probes" in bare.saw
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_node_that_somebody_else_cordoned_stays_so(ran: bool) -> None:
+    """Where no experiment of ours ran it was an administrator, and an uncordon would undo his work."""
+    api, node = Api(), Ref("node", "", "n1", "u-n1")
+    api.objects[node.path] = {"metadata": {"uid": "u-n1", "resourceVersion": "1"}, "spec": {"unschedulable": True}}
+    site, injection = Site(cast(Cluster, api), Kubernetes(namespace="ml")), Injection(a_lease(), (node,), {})
+    tracks = Tracks(results=[a_result()]) if ran else Tracks()
+    assert Node().look(site, injection, tracks).present is ran
+    Node().clean(site, injection, tracks, no_step)
+    assert bool(api.objects[node.path]["spec"].get("unschedulable")) is not ran

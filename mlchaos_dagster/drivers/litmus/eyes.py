@@ -215,19 +215,26 @@ class Node(_Plain):
         yield Permission("patch", "nodes")
 
     def look(self, site: Site, injection: Injection, tracks: Tracks) -> Sight:
-        """Whether the nodes are cordoned."""
-        lines: list[str] = []
+        """Whether the nodes are cordoned; by this run only as long as something of its experiment is there."""
+        ours, lines = bool(tracks.engine or tracks.results or tracks.at_work), list[str]()
         closed = 0
         for ref in injection.refs:
             found = frozen.read(site, ref)
             cordoned = text(found, "spec", "unschedulable") == "True"
             closed += cordoned
             lines.append(f"{ref.shown} {'is cordoned' if cordoned else 'takes pods' if found else 'is gone'}")
-        return Sight(effective=closed == len(injection.refs), present=closed > 0, lines=tuple(lines))
+        if closed and not ours:
+            lines.append("nothing of an experiment of this run is there: not cordoned by it")
+        return Sight(ours and closed == len(injection.refs), ours and closed > 0, tuple(lines))
 
     def clean(self, site: Site, injection: Injection, tracks: Tracks, step: Step) -> None:
-        """A node that is cordoned still takes pods again: Litmus's experiment died before it did that."""
-        for ref in injection.refs:
+        """A node that is cordoned still takes pods again: Litmus's experiment died before it did that.
+
+        Engine and result are there from before the fault until all is clean; where neither is, or the operator never
+        began, somebody else cordoned the node.
+        """
+        began = tracks.results or text(tracks.engine, "status", "engineStatus")
+        for ref in injection.refs if began else ():
             frozen.change(site, ref, lambda found, ref=ref: _uncordon(site, found, ref.path))
 
 
