@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,7 +11,9 @@ import pytest
 
 from mlchaos_dagster.domain.environment import Kubernetes
 from mlchaos_dagster.drivers.cluster.handler import Injection
-from mlchaos_dagster.drivers.litmus import states
+from mlchaos_dagster.drivers.kubernetes import agents
+from mlchaos_dagster.drivers.kubernetes.agents import name_of
+from mlchaos_dagster.drivers.litmus import eyes_network, states
 from mlchaos_dagster.drivers.litmus.eyes import Node, Told
 from mlchaos_dagster.drivers.litmus.tracks import Tracks
 from mlchaos_dagster.engine.ports import no_step
@@ -139,3 +143,46 @@ def test_a_node_that_somebody_else_cordoned_stays_so(ran: bool) -> None:
     assert Node().look(site, injection, tracks).present is ran
     Node().clean(site, injection, tracks, no_step)
     assert bool(api.objects[node.path]["spec"].get("unschedulable")) is not ran
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(site: Site, ref: Ref, name: str, until: Callable[[agents.Agent], bool], timeout_s: float) -> Any:
+        pod = site.cluster.get(ref.path)
+        assert pod is not None
+        return pod, agents.look(pod, name)
+
+    monkeypatch.setattr(agents, "wait", wait)
+
+
+NETEM = {"kind": "netem", "dev": "eth0", "options": {}, "packets": 9, "drops": 1}
+
+
+def with_containers(api: Api, **states: dict[str, Any]) -> tuple[Site, Ref]:
+    """A pod with containers of ours, by the end of their names (`agent`: the agent itself)."""
+    names = {k: name_of(a_lease(), "" if k == "agent" else f"-{k}") for k in states}
+    ref = Ref("pod", "ml", "a", "1")
+    api.objects[ref.path] = {
+        "metadata": {"uid": "1", "resourceVersion": "1"},
+        "spec": {"ephemeralContainers": [{"name": n} for n in names.values()]},
+        "status": {"ephemeralContainerStatuses": [{"name": n, "state": states[k]} for k, n in names.items()]},
+    }
+    return Site(cast(Cluster, api), Kubernetes(namespace="ml")), ref
+
+
+def told(*queues: dict[str, Any]) -> dict[str, Any]:
+    return {"terminated": {"exitCode": 0, "message": json.dumps({"queues": list(queues)})}}
+
+
+def test_a_pod_in_which_our_agent_never_started_needs_no_other_of_ours_to_be_clean() -> None:
+    """No agent, no experiment. With an image that cannot be pulled a second container would not start either."""
+    site, ref = with_containers(Api(), agent={"waiting": {"reason": "ImagePullBackOff"}})
+    assert eyes_network._queues(site, a_lease(), ref) == []
+
+
+def test_what_was_read_after_the_last_cleaning_counts() -> None:
+    """The names of readers run out; the last of them may have read before the fault was taken away."""
+    site, ref = with_containers(Api(), agent=told(), q1=told(NETEM), q2=told(NETEM), q3=told(NETEM))
+    assert eyes_network.netems(eyes_network._queues(site, a_lease(), ref))
+    site, ref = with_containers(Api(), agent=told(), q1=told(NETEM), q2=told(NETEM), q3=told(NETEM), d1=told())
+    assert eyes_network._queues(site, a_lease(), ref) == []

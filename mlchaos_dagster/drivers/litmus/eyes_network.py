@@ -159,7 +159,7 @@ def _queues(site: Site, lease: Lease, ref: Ref) -> list[Object]:
     if pod is None or text(pod, "status", "phase") in ("Succeeded", "Failed"):
         return []
     agent = agents.look(pod, agents.name_of(lease))
-    if agent.state == "absent":  # the experiment was never asked for
+    if agent.state == "absent" or agents.waits(pod, lease):  # the experiment was never asked for
         return []
     if agent.state == "running":
         done = site.cluster.exec(ref.namespace, ref.name, agent.name, _SHOW, timeout_s=agents.EXEC_S)
@@ -168,6 +168,10 @@ def _queues(site: Site, lease: Lease, ref: Ref) -> list[Object]:
         except ValueError as e:
             said = done.err.strip() or f"exit status {done.code}"
             raise DriverUnavailable(f"{ref.shown}: its queues cannot be read: {said}", driver=NAME) from e
+    for i in range(_MOST_CLEANERS, 0, -1):  # cleaned when nothing of Litmus ran any more: no later word is needed
+        cleaner = agents.look(pod, agents.name_of(lease, f"-d{i}"))
+        if "queues" in cleaner.words:
+            return cast("list[Object]", cleaner.words["queues"])
     return _own(site, ref, lease, set())
 
 
