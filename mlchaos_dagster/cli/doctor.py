@@ -19,6 +19,9 @@ from mlchaos_dagster.domain.targets import listed
 _FREE_MIB = 200
 _BACKENDS = ("litmus", "chaos_mesh")
 _MARK = {"ok": "✔ ok      ", "missing": "✘ missing ", "optional": "– optional"}
+_FOUND = "✘ found   "
+"""In place of `missing`, of what should not be there."""
+_SHOULD_NOT_BE = ("left behind", "lease", "lever")
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,15 @@ def command(backend: str | None) -> None:
     for finding in (
         findings(app) if backend is None else of_backend(app, backend)
     ):  # told as they come: a cluster is looked at for many seconds
+        told = found[-1].help if found and found[-1].what == finding.what else ""
         found.append(finding)
-        app.out(f"{_MARK[finding.state]}  {finding.what}: {finding.saw}")
-        if finding.help and finding.state != "ok":
+        mark = _FOUND if finding.state == "missing" and finding.what in _SHOULD_NOT_BE else _MARK[finding.state]
+        app.out(f"{mark}  {finding.what}: {finding.saw}")
+        if finding.help not in ("", told) and finding.state != "ok":
             app.out(f"              → {finding.help}")
     broken = [f for f in found if f.state == "missing"]
     app.dump({"ok": not broken, "findings": [asdict(f) for f in found]})
-    app.out(f"\n{'everything that runs need is there' if not broken else f'{len(broken)} missing'}")
+    app.out(f"\n{'everything that runs need is there' if not broken else f'{len(broken)} to mend'}")
     if broken:
         leave(1)
 

@@ -51,8 +51,9 @@ def command() -> None:
         }
     )
     rows = [_row(spec, environment) for spec in app.catalog.written()]
-    app.out(_fitting(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows, app.width))
-    if any("→" in row[4] for row in rows):
+    shown = _fitting(("EXPERIMENT", "AREA", "FAULT", "TARGET", "WINDOW", "TITLE"), rows, app.width)
+    app.out(shown)
+    if "→" in shown:
         app.out(f"(WINDOW: as written → in {environment.name}; `mlchaos describe NAME` shows all of one)")
     app.out()
     app.out(

@@ -264,7 +264,7 @@ def _brought(names: tuple[str, ...], options: dict[str, Any]) -> list[Brought]:
         return []
     if len(theirs) < max(len(names), len(paths)):
         other = next((n for n in names if Path(n) not in theirs), "")
-        raise SpecError("goes not together with files of Litmus or Chaos Mesh. Allowed: one call for each.", other)
+        raise SpecError("does not go together with files of Litmus or Chaos Mesh. Allowed: one call for each.", other)
     return taken(theirs)
 
 

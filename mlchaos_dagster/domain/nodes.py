@@ -261,7 +261,10 @@ class _Reader:
         if key is None:
             if not isinstance(node.value, str) or node.kind != "scalar":
                 if node.kind != "scalar":
-                    self._fail(event, "a field's name is a list or mapping. Allowed: text.")
+                    # In a template of Helm or Jinja `{{` is no YAML yet, and reads as a mapping in a mapping.
+                    self._fail(
+                        event, "a field's name is a list or mapping. Allowed: text; a template is rendered first."
+                    )
                 text = event.value if isinstance(event, yaml.ScalarEvent) else str(node.value)
                 node = Node(text, node.line, node.column)
             keys[-1] = node

@@ -95,7 +95,7 @@ REFUSED = [
     (["engine.yaml", "-e", "cluster"], "To allow it, add to its file: backends: {litmus: [litmus_engine]}."),
     (
         ["engine.yaml", "serving-pod-failure"],
-        "serving-pod-failure: goes not together with files of Litmus or Chaos Mesh.",
+        "serving-pod-failure: does not go together with files of Litmus or Chaos Mesh.",
     ),
     (
         ["--type", "litmus_engine", "--target", "model-link"],

@@ -16,7 +16,7 @@ import pytest
 
 from mlchaos_dagster.catalog import Catalog
 from mlchaos_dagster.cli import app as app_module
-from mlchaos_dagster.cli import experiments_doc, main
+from mlchaos_dagster.cli import doctor, experiments_doc, main
 from mlchaos_dagster.cli.adhoc import AdHoc, build, seconds
 from mlchaos_dagster.cli.app import App
 from mlchaos_dagster.cli.run import prepare
@@ -433,3 +433,18 @@ def test_a_list_for_a_narrow_terminal_keeps_names_and_titles() -> None:
         assert len(line) <= width and line.startswith("serving-pod-failure") and "word word" in line
         assert ("TARGET" in head) == (width >= 120) and ("AREA" in head) == (width == 160)
     assert "AREA" in _fitting(headers, rows, 0)
+
+
+def test_doctor_calls_found_what_should_not_be_there_and_says_a_remedy_once(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [doctor.Finding("left behind", "missing", pod, "mlchaos clean") for pod in ("a", "b")]
+    monkeypatch.setattr(
+        doctor, "findings", lambda app: [*found, doctor.Finding("target x", "missing", "none", "kubectl get")]
+    )  # pyright: ignore
+    answer = cli("doctor")
+    assert answer.code == 1
+    assert answer.lines == [
+        "✘ found     left behind: a", "              → mlchaos clean", "✘ found     left behind: b",
+        "✘ missing   target x: none", "              → kubectl get", "3 to mend",
+    ]  # fmt: skip
