@@ -10,13 +10,14 @@ import pytest
 
 from mlchaos_dagster.agent import eye as inside
 from mlchaos_dagster.domain.environment import Kubernetes, Target
-from mlchaos_dagster.drivers.chaos_mesh import leavings, life, lost, specs, states
+from mlchaos_dagster.drivers.chaos_mesh import inside_eyes, leavings, life, lost, specs, states
 from mlchaos_dagster.drivers.chaos_mesh.brought import Brought
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
 from mlchaos_dagster.drivers.chaos_mesh.handler import Fault
 from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import Quiet
 from mlchaos_dagster.drivers.chaos_mesh.resources import PAUSE, chain_names, name_of, resource, set_prefix
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
+from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.engine.ports import no_step
 from mlchaos_dagster.errors import InjectFailed, LeaseRefused, RecoverFailed
 from mlchaos_dagster.kube import leases
@@ -381,6 +382,31 @@ def test_no_finalizer_is_taken_off_what_was_injected_after_our_look(
     with pytest.raises(RecoverFailed, match="injected after our look"):
         _fault(False)[0].recover(site, injection, no_step)
     assert found["metadata"]["finalizers"] and mesh.log[-1] == "pause"
+
+
+def test_an_eye_that_never_started_does_not_keep_its_pod_unclean(
+    mesh: Mesh, site: Site, injection: Injection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is asked of Chaos Mesh before every eye runs; with a wrong image none does, and no second one either."""
+    eyes = inside_eyes.StressEyes()
+    known = {ref.uid: {"container": "web", "cpu": 0.0} for ref in REFS}
+    injection = replace(injection, undo={**injection.undo, "kind": "StressChaos", "eyes": {"pods": known}})
+    for ref in REFS:
+        name = agents.name_of(injection.lease, "-e0")
+        mesh.objects[ref.path] |= {
+            "spec": {"ephemeralContainers": [{"name": name}]},
+            "status": {
+                "ephemeralContainerStatuses": [{"name": name, "state": {"waiting": {"reason": "ErrImagePull"}}}]
+            },
+        }
+    stuck = lambda pod, name: agents.look(pod, name)  # noqa: E731
+    monkeypatch.setattr(
+        agents, "wait", lambda site, ref, name, until, s: (pod := site.cluster.get(ref.path), stuck(pod, name))
+    )
+    fault = Fault("StressChaos", lambda *_: specs.pod_failure(REFS), eyes)
+    fault.recover(site, injection, no_step)
+    assert not fault.active(site, injection).present
+    assert all(len(mesh.objects[ref.path]["spec"]["ephemeralContainers"]) == 1 for ref in REFS)
 
 
 def test_a_lost_resource_that_is_still_on_is_not_called_removed(

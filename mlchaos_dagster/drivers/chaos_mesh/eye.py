@@ -95,6 +95,8 @@ class Eye:
                 raise InjectFailed(f"{self.ref.shown} is gone", driver=NAME)
             return
         now = self._newest(pod)
+        if not first and self.never_ran(pod):
+            return
         if now.state == "running" or (now.state == "absent" and not first) or now.ended_well:
             return
         if now.state in ("absent", "ended") or now.stuck:
@@ -117,6 +119,10 @@ class Eye:
         """The pod, and the newest of our containers in it."""
         pod = frozen.read(self.site, self.ref)
         return pod, self._newest(pod) if pod is not None else agents.Agent("", "absent")
+
+    def never_ran(self, pod: Object) -> bool:
+        """The first of our containers has not started: nothing was asked of Chaos Mesh, which waits for all of them."""
+        return agents.look(pod, self._name(0)).state == "waiting"
 
     def ask(self, now: agents.Agent, verb: str, order: Object) -> dict[str, Any]:
         """`look` or `mend`. Raises DriverUnavailable: no answer."""

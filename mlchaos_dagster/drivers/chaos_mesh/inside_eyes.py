@@ -107,6 +107,8 @@ class _Inside:
             return Seen(False, False, (f"{e.ref.shown} is gone, and what was in it",))
         if now.state == "absent":
             return Seen(False, False, (f"{e.ref.shown}: nothing of ours was ever started in it",))
+        if e.never_ran(pod):
+            return Seen(False, False, (f"{e.ref.shown}: our container never started, so nothing was asked for",))
         if now.ended_well:
             said = f"{e.ref.shown}: nothing is left, seen from inside at our last look ({now.words.get('why')})"
             return Seen(False, False, (said,))
