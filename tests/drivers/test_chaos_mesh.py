@@ -15,13 +15,14 @@ from mlchaos_dagster.drivers.chaos_mesh.brought import Brought
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
 from mlchaos_dagster.drivers.chaos_mesh.handler import Fault
 from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import Quiet
+from mlchaos_dagster.drivers.chaos_mesh.resolver_eyes import ResolverEyes
 from mlchaos_dagster.drivers.chaos_mesh.resources import PAUSE, chain_names, name_of, resource, set_prefix
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.engine.ports import no_step
-from mlchaos_dagster.errors import InjectFailed, LeaseRefused, RecoverFailed
+from mlchaos_dagster.errors import DriverUnavailable, InjectFailed, LeaseRefused, RecoverFailed
 from mlchaos_dagster.kube import leases
-from mlchaos_dagster.kube.client import Cluster, Site
+from mlchaos_dagster.kube.client import Cluster, ExecResult, Site
 from mlchaos_dagster.kube.refs import Ref
 from tests.kube.fake_api import Api
 from tests.kube.test_leases import a_lease
@@ -407,6 +408,32 @@ def test_an_eye_that_never_started_does_not_keep_its_pod_unclean(
     fault.recover(site, injection, no_step)
     assert not fault.active(site, injection).present
     assert all(len(mesh.objects[ref.path]["spec"]["ephemeralContainers"]) == 1 for ref in REFS)
+
+
+def test_name_servers_outlive_their_container(mesh: Mesh, site: Site, injection: Injection) -> None:
+    """The file is the pod's: while its container is down nobody knows, and when it is back the same is in it."""
+    known = {ref.uid: {"container": "web", "servers": ["10.96.0.10"]} for ref in REFS}
+    injection = replace(injection, undo={**injection.undo, "kind": "DNSChaos", "eyes": {"pods": known}})
+    eyes, asked = ResolverEyes(), list[list[str]]()
+
+    def states_of(state: dict[str, Any], phase: str = "Running") -> None:
+        for ref in REFS:
+            status = {"phase": phase, "containerStatuses": [{"name": "web", "state": state}]}
+            mesh.objects[ref.path] |= {"spec": {"containers": [{"name": "web"}]}, "status": status}
+
+    def run(space: str, pod: str, container: str, command: list[str], **_: Any) -> ExecResult:
+        asked.append(command)
+        return ExecResult(0, "nameserver 10.0.0.66\n", "")
+
+    mesh.exec = run  # type: ignore[attr-defined]
+    states_of({"waiting": {"reason": "CrashLoopBackOff"}})
+    with pytest.raises(DriverUnavailable, match="web-1.*web does not run"):
+        eyes.look(site, injection, [])
+    states_of({"running": {"startedAt": "now"}})
+    assert eyes.look(site, injection, []).present
+    assert len(eyes.mend(site, injection, no_step)) == 2 and asked[-1][-1] == "10.96.0.10", "the copy went with it"
+    states_of({"terminated": {}}, "Failed")
+    assert not eyes.look(site, injection, []).present
 
 
 def test_a_lost_resource_that_is_still_on_is_not_called_removed(

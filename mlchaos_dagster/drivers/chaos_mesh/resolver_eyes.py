@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mlchaos_dagster.drivers.chaos_mesh.eye import running
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
 from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import container_of
 from mlchaos_dagster.drivers.cluster import frozen
@@ -24,6 +25,11 @@ from mlchaos_dagster.kube.refs import Ref
 NAME = "chaos_mesh"
 _FILE = "/etc/resolv.conf"
 _LOOK_S = 5.0
+_PUT_BACK = f"""
+if test -s {_FILE}.chaos.bak; then own=$(cat {_FILE}.chaos.bak)
+else own=$(for server; do echo "nameserver $server"; done; grep -v "^nameserver" {_FILE}); fi
+printf '%s\\n' "$own" > {_FILE}
+"""
 SERVER = "chaos-mesh-dns-server"
 """Service of Chaos Mesh's own DNS server, which its chart installs only when it is asked to (`dnsServer.create`)."""
 
@@ -75,22 +81,28 @@ class ResolverEyes:
         lines: list[str] = []
         for ref, pod in frozen.read_all(site, injection.refs).items():
             known = injection.undo["eyes"]["pods"][ref.uid]
-            if not is_running(pod, ref, known["container"]):
-                lines.append(f"{ref.shown}: container {known['container']} does not run, and its file went with it")
+            if not running(pod):
+                lines.append(f"{ref.shown} is gone, and its file with it")
                 continue
+            if not is_running(pod, ref, known["container"]):  # the file is the pod's, and outlives its containers
+                said = f"{ref.shown}: container {known['container']} does not run: its name servers cannot be read"
+                raise DriverUnavailable(said, driver=NAME)
             now = _servers(site, ref, known["container"])
             held.append(now != known["servers"])
             lines.append(f"{ref.shown}: its name servers are {', '.join(now)} (before: {', '.join(known['servers'])})")
         return Seen(any(held), bool(held) and all(held), tuple(lines))
 
     def mend(self, site: Site, injection: Injection, step: Step) -> list[str]:
-        """Put the copy that Chaos Mesh keeps back, as its daemon would; needs a shell in the container."""
+        """Put the copy that Chaos Mesh keeps back, as its daemon would; needs a shell in the container.
+
+        The copy goes with the container; where it has gone, the name servers are put back as we knew them.
+        """
         said: list[str] = []
         for ref in injection.refs:
             known = injection.undo["eyes"]["pods"][ref.uid]
             if not is_running(frozen.read(site, ref), ref, known["container"]):
                 continue
-            command = ["sh", "-c", f"test -s {_FILE}.chaos.bak && cat {_FILE}.chaos.bak > {_FILE}"]
+            command = ["sh", "-c", _PUT_BACK, "sh", *known["servers"]]
             done = site.cluster.exec(ref.namespace, ref.name, known["container"], command, timeout_s=_LOOK_S)
             if not done.code:
                 said.append(f"{ref.shown}: its own {_FILE} was put back by us")
