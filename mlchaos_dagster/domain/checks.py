@@ -64,7 +64,14 @@ def through(environment: Environment, backend: str, experiments: Iterable[Experi
             problems.append(Problem(where, what))
     if problems:
         raise SpecError(problems)
-    return environment.model_copy(update={"prefer": backend})
+    # What others share among themselves stays with whoever makes it now: an environment says one backend for each kind.
+    kept = {
+        name: tuple(k for k in kinds if k in served or environment.backend_for(k) == name)
+        for name, kinds in environment.backends.items()
+    }
+    return environment.model_copy(
+        update={"prefer": backend, "backends": {n: kinds for n, kinds in kept.items() if kinds}}
+    )
 
 
 def check_environment(environment: Environment, parsed: Parsed[Environment] | None = None) -> list[Problem]:

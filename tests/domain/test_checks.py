@@ -37,6 +37,21 @@ def test_one_run_through_another_backend_moves_its_faults_and_no_others(sandbox:
 
 
 @pytest.mark.req("R1-06")
+def test_a_run_through_the_third_backend_has_an_environment_that_its_record_can_hold(sandbox: Environment) -> None:
+    text = sandbox.model_dump(mode="json", by_alias=True)
+    three = {
+        "a": ["pod_failure", "pod_delete"],
+        "b": ["pod_failure"],
+        "c": ["pod_failure", "pod_delete"],
+        "d": ["pod_delete"],
+    }
+    before = Environment.model_validate({**text, "backends": three, "prefer": "c"})
+    moved = through(before, "d", [Catalog().experiment("serving-pod-delete")], "--backend")
+    read = Environment.model_validate(moved.model_dump(mode="json", by_alias=True))
+    assert (read.backend_for("pod_delete"), read.backend_for("pod_failure")) == ("d", "c")
+
+
+@pytest.mark.req("R1-06")
 def test_one_line_says_which_of_three_backends_serves_what_they_share(sandbox: Environment) -> None:
     text = sandbox.model_dump(mode="json", by_alias=True)
     shared = {"backends": {"a": ["pod_failure"], "b": ["pod_failure"], "c": ["pod_failure", "pod_delete"]}}
