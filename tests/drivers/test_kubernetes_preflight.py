@@ -211,6 +211,22 @@ def test_a_litmus_engine_on_the_target(status: str, at_work: bool) -> None:
     assert bool(asked(cluster)) is at_work
 
 
+@pytest.mark.parametrize(
+    ("spec", "at_work"),
+    [
+        ({"selectors": {"workloads": [{"kind": "deployment", "namespace": "ml", "names": "web"}]}}, True),
+        ({"selectors": {"pods": [{"namespace": "bank"}, {"namespace": "ml"}]}, "appinfo": {"appns": "bank"}}, True),
+        ({"selectors": {"pods": [{"namespace": "bank"}]}}, False),
+    ],
+)
+def test_a_litmus_engine_is_where_its_selectors_are(spec: dict[str, Any], at_work: bool) -> None:
+    cluster = Paper(PODS)
+    cluster.places["/apis/litmuschaos.io/v1alpha1"] = LITMUS_KINDS
+    engine = {"metadata": {"name": "theirs", "namespace": "litmus"}, "spec": {"engineState": "active", **spec}}
+    cluster.places["/apis/litmuschaos.io/v1alpha1/chaosengines"] = [engine]
+    assert bool(asked(cluster)) is at_work
+
+
 def test_chaos_that_may_not_be_seen_is_not_taken_for_absent() -> None:
     cluster = Paper(PODS)
     cluster.places["/apis/litmuschaos.io/v1alpha1"] = LITMUS_KINDS

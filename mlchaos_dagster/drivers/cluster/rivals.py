@@ -79,9 +79,9 @@ def _litmus(site: Site, spaces: set[str]) -> Iterator[Objection]:
         for found in _all(site, _LITMUS, plural):
             if isinstance(found, Objection):
                 yield found
-            elif plural == "chaosengines" and _engine_runs(found) and _engine_at(found, "spec") in spaces:
+            elif plural == "chaosengines" and _engine_runs(found) and _engine_at(found, "spec") & spaces:
                 yield from _active(site, kind, found)
-            elif plural == "chaosschedules" and _engine_at(found, "spec", "engineTemplateSpec") in spaces:
+            elif plural == "chaosschedules" and _engine_at(found, "spec", "engineTemplateSpec") & spaces:
                 if planned.chaos_schedule_is_near(found, _now()):
                     stop = _patched("chaosschedule", found, '{"spec":{"scheduleState":"halt"}}')
                     yield Objection(f"{kind} {_place(found)} may start chaos on the target within the hour", stop)
@@ -94,8 +94,11 @@ def _engine_runs(engine: Object) -> bool:
     return status not in ("completed", "stopped") and not (text(engine, "spec", "engineState") == "stop" and not status)
 
 
-def _engine_at(found: Object, *spec: str) -> str:
-    return text(found, *spec, "appinfo", "appns") or _space(found)
+def _engine_at(found: Object, *spec: str) -> set[str]:
+    """Namespaces of what it hits."""
+    chosen = [o for kind in ("pods", "workloads") for o in items(found, *spec, "selectors", kind)]
+    named = {text(found, *spec, "appinfo", "appns"), *(text(o, "namespace") for o in chosen)} - {""}
+    return named or {_space(found)}
 
 
 def _chaos_mesh(site: Site, spaces: set[str], names: set[tuple[str, str]]) -> Iterator[Objection]:
