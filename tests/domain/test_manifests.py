@@ -99,6 +99,16 @@ def test_a_right_engine_is_taken_as_it_is_and_placed_on_its_pods() -> None:
     assert found.hints and "natively" in found.hints[0] and "pod_delete" in found.hints[0]
 
 
+@pytest.mark.req("R3-01")
+def test_a_misspelt_variable_is_said_and_an_unlike_one_is_left_alone() -> None:
+    found = brought(
+        ENGINE + "            - {name: PODS_AFECTED_PERC, value: '50'}\n            - {name: OURS, value: x}\n"
+    )
+    (note,) = found.notes
+    assert 'Litmus reads no "PODS_AFECTED_PERC". Did you mean "PODS_AFFECTED_PERC"?' in note.what
+    assert not found.problems and env(found)["OURS"] == "x"
+
+
 def test_a_target_of_the_environment_with_the_same_pods_is_used() -> None:
     text = ENGINE.replace("appns: shop, applabel: app=web", "appns: mlplatform, applabel: app=inference")
     placed = place(brought(text).drafts[0], cluster())

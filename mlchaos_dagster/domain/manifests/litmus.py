@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any, cast
 
 from mlchaos_dagster.domain.faults import OBJECT_NAME
@@ -180,6 +181,16 @@ _ELSEWHERE = {
     "aws-s3": "s3_unavailable, s3_slow, s3_throttled, s3_object_corruption",
 }
 _SECONDS = ("TOTAL_CHAOS_DURATION", "CHAOS_INTERVAL", "RAMP_TIME")
+_VARIABLES = (
+    "TOTAL_CHAOS_DURATION", "CHAOS_INTERVAL", "RAMP_TIME", "DEFAULT_HEALTH_CHECK", "SEQUENCE", "NODE_LABEL",
+    "PODS_AFFECTED_PERC", "TARGET_PODS", "TARGET_CONTAINER", "FORCE", "SIGNAL", "CONTAINER_RUNTIME", "SOCKET_PATH", "LIB_IMAGE",
+    "STRESS_IMAGE", "TC_IMAGE", "CPU_CORES", "CPU_LOAD", "MEMORY_CONSUMPTION", "NUMBER_OF_WORKERS", "NETWORK_INTERFACE",
+    "NETWORK_LATENCY", "JITTER", "NETWORK_PACKET_LOSS_PERCENTAGE", "DESTINATION_IPS", "DESTINATION_HOSTS",
+    "DESTINATION_PORTS", "SOURCE_PORTS", "NAMESPACE_SELECTOR", "POD_SELECTOR", "POLICY_TYPES", "PORTS",
+)  # fmt: skip
+"""Variables of the experiments that are a neutral fault, too; others may have more."""
+_SLIP = 0.85
+"""Likeness of two names from which one is the other misspelt."""
 _PERCENTS = ("PODS_AFFECTED_PERC", "NODES_AFFECTED_PERC")
 _DAMAGE = ("random_bytes", "truncate", "bit_flip")
 _KEPT_ANNOTATIONS = re.compile(r"(?!kubectl\.kubernetes\.io/last-applied-configuration)")
@@ -419,6 +430,9 @@ class _Entry:
             if name in self.env:
                 self.look.note((*path, i), f"{name} a second time: Kubernetes takes the last.")
             self.at[name] = (*path, i, "value")
+            if self.kind in _NATIVE and name not in _VARIABLES:
+                for meant in get_close_matches(name[:100], _VARIABLES, 1, _SLIP):
+                    self.look.note((*path, i, "name"), f'Litmus reads no "{name[:60]}". Did you mean "{meant}"?')
             value = str(pair.get("value", ""))
             if name in _SECONDS and value:
                 value = self._bare(name, value)
