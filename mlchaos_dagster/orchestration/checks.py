@@ -76,7 +76,7 @@ def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
         }
     if record.findings:
         found[BACKEND_AGREES] = _backend_check(record.findings)
-        found |= {finding_check(f.name): _backend_check((f,)) for f in record.findings}
+        found |= finding_checks(record.findings)
     r = verdict.recovery
     if r.met is not None:
         found["recovered_in_time"] = {
@@ -102,6 +102,14 @@ def _verdict_checks(record: RunRecord, verdict: Verdict) -> dict[str, Metadata]:
     return found
 
 
+def finding_checks(findings: tuple[Finding, ...]) -> dict[str, Metadata]:
+    """One for each; of those whose names become the same, one for all: none may hide another."""
+    named: dict[str, tuple[Finding, ...]] = {}
+    for f in findings:
+        named[finding_check(f.name)] = (*named.get(finding_check(f.name), ()), f)
+    return {check: _backend_check(those) for check, those in named.items()}
+
+
 def _backend_check(findings: tuple[Finding, ...]) -> Metadata:
     against = [f for f in findings if not f.passed]
     failed = any(f.passed is False for f in findings)
@@ -110,5 +118,8 @@ def _backend_check(findings: tuple[Finding, ...]) -> Metadata:
         "severity": dg.AssetCheckSeverity.ERROR if failed else dg.AssetCheckSeverity.WARN,
         "description": "; ".join(f"{f.name}: {f.saw}" for f in against)
         or ", ".join(f"{f.name} passed" for f in findings),
-        "metadata": {f.name: f"{PASSED[f.passed]}: {f.saw}" for f in findings},
+        "metadata": {
+            name: "; ".join(f"{PASSED[f.passed]}: {f.saw}" for f in findings if f.name == name)
+            for name in dict.fromkeys(f.name for f in findings)
+        },
     }

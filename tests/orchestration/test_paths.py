@@ -20,6 +20,7 @@ from mlchaos_dagster.domain.outcome import Outcome
 from mlchaos_dagster.domain.record import Finding
 from mlchaos_dagster.errors import ConfigError, SpecError
 from mlchaos_dagster.orchestration import keys
+from mlchaos_dagster.orchestration.checks import finding_checks
 from mlchaos_dagster.orchestration.launch import LaunchResult, launch
 from mlchaos_dagster.orchestration.session import not_after_of, seed_of
 
@@ -123,6 +124,17 @@ def test_deviated_is_a_finding(run: Any, platform: SimPlatform) -> None:
     assert outcome(platform, result.run_id) is Outcome.DEVIATED
 
 
+def test_a_probe_that_failed_is_not_hidden_by_one_of_the_same_name() -> None:
+    names = ("check-login", "check_login", "check-login")
+    those = [
+        Finding(name=f"litmus probe {n}", passed=p, saw=f"saw {p}")
+        for n, p in zip(names, (False, True, True), strict=True)
+    ]
+    ((name, found),) = finding_checks(tuple(those)).items()
+    assert name == "litmus_probe_check_login" and found["passed"] is False
+    assert "saw False" in str(found["metadata"])
+
+
 @pytest.mark.req("R3-01")
 @pytest.mark.parametrize(("passed", "severity"), [(True, None), (False, "ERROR"), (None, "WARN")])
 def test_what_the_backend_judged_is_a_check(
@@ -132,7 +144,8 @@ def test_what_the_backend_judged_is_a_check(
         world.judged = Finding(name="litmus probe check-login", passed=passed, saw="expected 200")
 
     platform.prepare = prepare
-    hog = {"name": "pod-cpu-hog", "spec": {"probe": [{"name": "check-login"}]}}
+    login = {"name": "check-login", "type": "httpProbe", "mode": "EOT"}
+    hog = {"name": "pod-cpu-hog", "spec": {"probe": [login]}}
     engine = {"kind": "litmus_engine", "engine": {"experiments": [hog]}}
     result = run(experiment(fault=engine), env=environment(backends={"fake": ["litmus_engine"]}))
     assert result.success
