@@ -16,6 +16,7 @@ from tests.cluster.test_chaos_mesh import (
 from tests.cluster.test_sweeper import (
     TTL_S,
     all_ready,
+    grant,
     open_leases,
     sweeper,  # noqa: F401  a fixture
 )
@@ -28,8 +29,7 @@ pytestmark = pytest.mark.timeout(280)
 def machines(sweeper: str, context: str, tmp_path: Path) -> Iterator[tuple[Machine, Machine, str, str]]:  # noqa: F811
     """Two machines that know one environment; its `pod_failure` may come from either backend, and Chaos Mesh is preferred."""
     select = deploy(sweeper, replicas=3)
-    subject = f"--serviceaccount={sweeper}:mlchaos-sweeper"
-    kubectl("create", "rolebinding", "mesh", "-n", sweeper, "--clusterrole=cluster-admin", subject)
+    grant(sweeper, "chaos_mesh")
     kubectl("patch", "service", "web", "-n", sweeper, "-p", '{"spec":{"type":"NodePort"}}')
     port = objects("services", sweeper)[0]["spec"]["ports"][0]["nodePort"]
     addresses = objects("nodes", "")[0]["status"]["addresses"]

@@ -16,7 +16,7 @@ from tests.cluster.litmus_operator import Script
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_litmus import DATA, crds, litmus, nothing_left  # noqa: F401  fixtures
 from tests.cluster.test_litmus_deaths import BROUGHT
-from tests.cluster.test_sweeper import open_leases, sweeper  # noqa: F401  a fixture
+from tests.cluster.test_sweeper import grant, open_leases, sweeper  # noqa: F401  a fixture
 
 pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason="Litmus's CRDs are not beside this checkout (../shared/data/litmus)"),
@@ -36,6 +36,7 @@ def line(
 ) -> Lines:
     """`mlchaos` on an environment whose faults Litmus makes."""
     deploy(sweeper, replicas=3)
+    grant(sweeper, "litmus")
     address = objects("services", sweeper)[0]["spec"]["clusterIP"]
 
     def of(fault: dict[str, Any], **changes: Any) -> CommandLine:

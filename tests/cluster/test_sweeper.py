@@ -25,10 +25,10 @@ TTL_S = 6.0
 ROOT = HERE.parents[1]
 
 
-def install(namespace: str) -> None:
-    """`manifests/kubernetes` and the bindings, into the test's namespace, with a short time to live."""
-    shipped = kubectl("kustomize", str(ROOT / "manifests/kubernetes"))
-    shipped += "---\n" + kubectl("kustomize", str(ROOT / "manifests/rbac/namespace"))
+def install(namespace: str, *folders: str) -> None:
+    """`manifests/kubernetes` and the bindings, into the test's namespace, with a short time to live; or other folders."""
+    folders = folders or ("kubernetes", "rbac/namespace")
+    shipped = "---\n".join(kubectl("kustomize", str(ROOT / "manifests" / folder)) for folder in folders)
     found: list[dict[str, Any]] = []
     for thing in yaml.safe_load_all(shipped):
         kind, meta = thing["kind"], thing["metadata"]
@@ -49,6 +49,11 @@ def install(namespace: str) -> None:
             pod["containers"][0]["args"] = ["--namespace", "$(NAMESPACE)", "--ttl", str(TTL_S)]
         found.append(thing)
     kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": found}))
+
+
+def grant(namespace: str, tool: str) -> None:
+    """The rights that runner and sweeper need for faults of another tool (`litmus`, `chaos_mesh`), as they are shipped."""
+    install(namespace, f"rbac/{tool}", f"rbac/{tool}/namespace")
 
 
 def bind(namespace: str, sweeper: str) -> None:

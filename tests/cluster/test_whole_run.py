@@ -120,4 +120,4 @@ def test_a_run_that_is_killed_with_its_watchdog_leaves_nothing(machines: tuple[M
     code, said = here.says("recover")
     assert code == 0 and "recovered" in said, said
     code, said = here.says("status", "-e", "tiny")
-    assert code == 0 and "no lease of another machine" in said and "none: no fault of ours" in said
+    assert code == 0 and "no lease of another machine" in said and "none of this machine" in said, said

@@ -55,6 +55,8 @@ class Fault:
 
     def permissions(self, site: Site, request: Request) -> Iterator[Permission]:
         """Resources of the kind, the pods, what Chaos Mesh keeps at the pods."""
+        if preflight.unknown(site, self.resource_kind):
+            return  # nobody can grant it: `objections` says what is the matter
         spaces = {ref.namespace for ref in request.refs if ref.namespace}
         yield from preflight.permissions(site, self.resource_kind, spaces, home_of(site, request))
         yield from leavings.permissions(self.resource_kind, spaces)

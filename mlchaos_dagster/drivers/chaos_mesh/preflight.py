@@ -31,6 +31,17 @@ def install(system: str) -> str:
     )
 
 
+def kinds(site: Site) -> set[str]:
+    """Kinds of Chaos Mesh that this cluster knows."""
+    return {text(r, "kind") for r in items(site.cluster.get(API), "resources")}
+
+
+def unknown(site: Site, kind: str) -> bool:
+    """Whether Chaos Mesh is there and has no such kind."""
+    known = kinds(site)
+    return bool(known) and kind not in known
+
+
 def permissions(site: Site, kind: str, spaces: Iterable[str], home: str) -> Iterator[Permission]:
     """Of whoever makes a resource of a kind in `home` that hits pods in `spaces`."""
     plural = kind.lower()
@@ -48,7 +59,7 @@ def permissions(site: Site, kind: str, spaces: Iterable[str], home: str) -> Iter
 def objections(site: Site, request: Request, made: Object, spaces: Sequence[str]) -> Iterator[Objection]:
     """In the order in which a person would mend it; what cannot be asked any more is left out."""
     kind = text(made, "kind")
-    known = {text(r, "kind") for r in items(site.cluster.get(API), "resources")}
+    known = kinds(site)
     system = site.options.chaos_mesh.system_namespace
     if kind not in known:
         needs = CRDS if known else install(system)
