@@ -28,7 +28,13 @@ SHARED = {
     "reports": ("evidence/test_report",),
     "definitions": ("orchestration/test_definitions",),
     "platform of the cluster": ("cluster/test_platform", "cluster/test_pipeline"),
-    "Chaos Mesh": ("cluster/test_chaos_mesh", "cluster/test_clean_backends", "cluster/test_doctor_backends"),
+    "Chaos Mesh": (
+        "cluster/test_chaos_mesh",
+        "cluster/test_chaos_mesh_run",
+        "cluster/test_clean_backends",
+        "cluster/test_doctor_backends",
+        "cluster/test_documents",
+    ),
     "Rollouts": ("cluster/test_rollouts",),
     "Litmus": ("cluster/test_litmus", "cluster/test_litmus_deaths"),
 }
