@@ -30,7 +30,8 @@ def told(line: CommandLine, backend: str) -> tuple[int, dict[str, str]]:
     lines = out.splitlines()
     for said, then in zip(lines, [*lines[1:], ""], strict=True):
         if "✘ missing" in said:
-            found[said.partition("missing")[2].strip()] = then.strip().removeprefix("→").strip()
+            arrow, _, command = then.strip().partition(" ")
+            found[said.partition("missing")[2].strip()] = command.strip() if arrow == "→" else ""
     return code, found
 
 
