@@ -41,14 +41,19 @@ class Cell:
 
 
 def cells(names: list[str] | None = None) -> list[tuple[Experiment, bool]]:
-    """All cells of the shipped library: (experiment, mechanism off?). Of an experiment in stages: its widest, the last.
+    """All cells of the shipped library that a sandbox can have: (experiment, mechanism off?). Of an experiment in stages: its widest, the last.
 
     `names` may say either, the experiment in stages or the stage.
     """
     found: list[Experiment] = []
+    sandbox = Catalog().environment("sandbox")
     for spec in Catalog().written():
         one = spec if isinstance(spec, Experiment) else spec.experiments()[-1]
-        if one.teeth is not None and (not names or spec.name in names or one.name in names):
+        if (
+            one.target in sandbox.targets
+            and one.teeth is not None
+            and (not names or spec.name in names or one.name in names)
+        ):
             # A cell is about the mechanism, on a platform where nothing ever ran: what has to hold before is left out
             # here (that an experiment waits for it has tests of its own).
             found.append(one.model_copy(update={"depends_on": None}))
