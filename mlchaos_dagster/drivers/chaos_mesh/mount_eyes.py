@@ -6,20 +6,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
-from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import Quiet, container_of
+from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import Quiet, container_of, read_file
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import is_running
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import permissions as to_exec
 from mlchaos_dagster.engine.ports import Objection, Step
-from mlchaos_dagster.errors import DriverError, DriverUnavailable
-from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
+from mlchaos_dagster.errors import DriverError
+from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import Object, text
-from mlchaos_dagster.kube.refs import Ref
 
-NAME = "chaos_mesh"
 _FILE = "/proc/mounts"
-_LOOK_S = 5.0
 
 
 class MountEyes(Quiet):
@@ -34,7 +31,7 @@ class MountEyes(Quiet):
         """A container without `cat`."""
         for ref, pod in frozen.read_all(site, request.refs).items():
             try:
-                _mounts(site, ref, container_of(pod, request.target.kubernetes.container))
+                read_file(site, ref, container_of(pod, request.target.kubernetes.container), _FILE)
             except DriverError as e:
                 yield Objection(str(e), "a container with `cat`")
                 return
@@ -45,7 +42,7 @@ class MountEyes(Quiet):
         path = text(request.params, "resource", "spec", "volumePath").rstrip("/")
         for done, (ref, pod) in enumerate(frozen.read_all(site, request.refs).items()):
             container = container_of(pod, request.target.kubernetes.container)
-            pods[ref.uid] = {"container": container, "mounts": _at(_mounts(site, ref, container), path)}
+            pods[ref.uid] = {"container": container, "mounts": _at(read_file(site, ref, container, _FILE), path)}
             step(done + 1, len(request.refs))
         return {"pods": pods, "path": path}
 
@@ -59,7 +56,7 @@ class MountEyes(Quiet):
             if not is_running(pod, ref, known["container"]):
                 lines.append(f"{ref.shown}: container {known['container']} does not run, and its mounts went with it")
                 continue
-            now = _at(_mounts(site, ref, known["container"]), path)
+            now = _at(read_file(site, ref, known["container"], _FILE), path)
             held.append(now != known["mounts"])
             lines.append(f"{ref.shown}: at {path}: {', '.join(now) or 'no mount of its own'}")
         return Seen(any(held), bool(held) and all(held), tuple(lines))
@@ -69,15 +66,3 @@ def _at(mounts: str, path: str) -> list[str]:
     """File systems at a path, the uppermost last: what it is and its type."""
     rows = (line.split() for line in mounts.splitlines())
     return [f"{r[0]} ({r[2]})" for r in rows if len(r) > 2 and r[1].rstrip("/") == path]
-
-
-def _mounts(site: Site, ref: Ref, container: str) -> str:
-    try:
-        done = site.cluster.exec(ref.namespace, ref.name, container, ["cat", _FILE], timeout_s=_LOOK_S)
-    except ApiRefused as e:
-        raise DriverUnavailable(f"{ref.shown}: {e}", driver=NAME, verb="exec") from e
-    if done.code:
-        raise DriverUnavailable(
-            f"{ref.shown}: {_FILE} cannot be read in container {container}: {done.err}", driver=NAME
-        )
-    return done.out

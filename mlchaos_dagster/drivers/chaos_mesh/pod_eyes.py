@@ -12,13 +12,14 @@ from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.cluster.preflight import is_ready
 from mlchaos_dagster.engine.ports import Objection, Step
-from mlchaos_dagster.errors import DriverError
-from mlchaos_dagster.kube.client import Permission, Site
+from mlchaos_dagster.errors import DriverError, DriverUnavailable
+from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import Ref
 from mlchaos_dagster.kube.selecting import is_there
 
 NAME = "chaos_mesh"
+_LOOK_S = 5.0
 _PLACES = (("containers", "normal"), ("initContainers", "init"))
 
 
@@ -232,3 +233,14 @@ def _swapped(pod: Object, injection: Injection, known: Object) -> dict[str, str]
     if not changed and (keys := _keys(pod, injection)):
         return dict.fromkeys(keys, "(a note of Chaos Mesh)")
     return changed
+
+
+def read_file(site: Site, ref: Ref, container: str, path: str) -> str:
+    """A file as the container sees it, by its `cat`. Raises DriverUnavailable: it could not be read."""
+    try:
+        done = site.cluster.exec(ref.namespace, ref.name, container, ["cat", path], timeout_s=_LOOK_S)
+    except ApiRefused as e:
+        raise DriverUnavailable(f"{ref.shown}: {e}", driver=NAME, verb="exec") from e
+    if done.code:
+        raise DriverUnavailable(f"{ref.shown}: {path} cannot be read in container {container}: {done.err}", driver=NAME)
+    return done.out

@@ -11,14 +11,14 @@ from typing import Any
 
 from mlchaos_dagster.drivers.chaos_mesh.eye import running
 from mlchaos_dagster.drivers.chaos_mesh.eyes import Seen
-from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import container_of
+from mlchaos_dagster.drivers.chaos_mesh.pod_eyes import container_of, read_file
 from mlchaos_dagster.drivers.cluster import frozen
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import is_running
 from mlchaos_dagster.drivers.kubernetes.faults.stress_agent import permissions as to_exec
 from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError, DriverUnavailable
-from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
+from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import Object
 from mlchaos_dagster.kube.refs import Ref
 
@@ -112,13 +112,5 @@ class ResolverEyes:
 
 def _servers(site: Site, ref: Ref, container: str) -> list[str]:
     """Name servers in a container. Raises DriverUnavailable: it could not be read."""
-    try:
-        done = site.cluster.exec(ref.namespace, ref.name, container, ["cat", _FILE], timeout_s=_LOOK_S)
-    except ApiRefused as e:
-        raise DriverUnavailable(f"{ref.shown}: {e}", driver=NAME, verb="exec") from e
-    if done.code:
-        raise DriverUnavailable(
-            f"{ref.shown}: {_FILE} cannot be read in container {container}: {done.err}", driver=NAME
-        )
-    words = (line.split() for line in done.out.splitlines())
+    words = (line.split() for line in read_file(site, ref, container, _FILE).splitlines())
     return [w[1] for w in words if len(w) > 1 and w[0] == "nameserver"]

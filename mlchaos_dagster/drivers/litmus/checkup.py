@@ -23,18 +23,15 @@ from mlchaos_dagster.drivers.cluster.points import (
     version,
 )
 from mlchaos_dagster.drivers.litmus.engine import GROUP, collection, namespace_of
-from mlchaos_dagster.drivers.litmus.faults import EXPERIMENTS, PARTITION
-from mlchaos_dagster.drivers.litmus.guards import CRDS_INSTALL, INSTALL, operators
+from mlchaos_dagster.drivers.litmus.faults import EXPERIMENTS
+from mlchaos_dagster.drivers.litmus.guards import CRDS, CRDS_INSTALL, INSTALL, WITHOUT_HELPER, may, operators
 from mlchaos_dagster.kube import reach
 from mlchaos_dagster.kube.client import Cluster, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, part, text, words
 
 OLDEST = (3, 0)
 """Durations of probes are text since then, as we write them."""
-_PLURALS = ("chaosengines", "chaosexperiments", "chaosresults")
 PLURAL_OF_EXPERIMENTS = "chaosexperiments"
-_WITHOUT_HELPER = frozenset({"pod-delete", PARTITION})
-"""Experiments that need no privileged pod beside their target."""
 
 
 def points(site: Site, environment: Environment) -> Iterator[Point]:
@@ -42,11 +39,11 @@ def points(site: Site, environment: Environment) -> Iterator[Point]:
     kinds = sorted(set(environment.backends.get("litmus", tuple(EXPERIMENTS))) & EXPERIMENTS.keys())
     experiments = sorted({EXPERIMENTS[kind] for kind in kinds})
     group = site.cluster.get(f"/apis/{GROUP}/v1alpha1")
-    absent = [f"{plural}.{GROUP}" for plural in _PLURALS if plural not in served(group)]
+    absent = [f"{plural}.{GROUP}" for plural in CRDS if plural not in served(group)]
     if absent:
         yield Point("litmus: CRDs", "missing", f"the cluster has no {', '.join(absent)}", CRDS_INSTALL)
     else:
-        yield Point("litmus: CRDs", "ok", f"{', '.join(_PLURALS)} of {GROUP}")
+        yield Point("litmus: CRDs", "ok", f"{', '.join(CRDS)} of {GROUP}")
     yield from guarded("litmus: operator", partial(_operator, site, environment), INSTALL)
     for space in _engine_spaces(site, environment):
         if PLURAL_OF_EXPERIMENTS not in served(group):
@@ -155,34 +152,12 @@ def _resources(cluster: Cluster, group: str) -> frozenset[str]:
     return frozenset(text(r, "name") for r in there)
 
 
-def may(cluster: Cluster, space: str, account: str, permission: Permission) -> bool:
-    """Whether a ServiceAccount may do that."""
-    resource, _, subresource = permission.resource.partition("/")
-    review = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SubjectAccessReview",
-        "spec": {
-            "user": f"system:serviceaccount:{space}:{account}",
-            "groups": ["system:serviceaccounts", f"system:serviceaccounts:{space}", "system:authenticated"],
-            "resourceAttributes": {
-                "verb": permission.verb,
-                "group": permission.group,
-                "resource": resource,
-                "subresource": subresource,
-                "namespace": permission.namespace,
-            },
-        },
-    }
-    path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-    return bool(part(cluster.create(path, review), "status", "allowed"))
-
-
 def _helpers(site: Site, space: str, experiments: list[str]) -> Iterator[Point]:
     """Pod security that would refuse the helper pods, which are privileged and see the node's processes."""
     level = text(
         site.cluster.get(f"/api/v1/namespaces/{space}"), "metadata", "labels", "pod-security.kubernetes.io/enforce"
     )
-    hindered = sorted(set(experiments) - _WITHOUT_HELPER)
+    hindered = sorted(set(experiments) - WITHOUT_HELPER)
     if hindered and level not in ("", "privileged"):
         saw = f"pod security {level} refuses the privileged helpers of {', '.join(hindered)}"
         help = f"kubectl label namespace {space} pod-security.kubernetes.io/enforce=privileged --overwrite; or kubernetes.litmus.namespace"

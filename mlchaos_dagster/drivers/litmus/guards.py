@@ -13,7 +13,7 @@ from mlchaos_dagster.drivers.litmus import engine, faults
 from mlchaos_dagster.drivers.litmus.selection import kinds, select
 from mlchaos_dagster.engine.ports import Objection
 from mlchaos_dagster.errors import DriverError
-from mlchaos_dagster.kube.client import ApiRefused, Conflict, Permission, Site
+from mlchaos_dagster.kube.client import ApiRefused, Cluster, Conflict, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, part, text, words
 
 CRDS = ("chaosengines", "chaosexperiments", "chaosresults")
@@ -21,7 +21,7 @@ CHART = "litmus-core --repo https://litmuschaos.github.io/litmus-helm/ --version
 INSTALL = f"helm upgrade --install litmus {CHART} -n chaos --create-namespace -f manifests/litmus/values.yaml"
 CRDS_INSTALL = f"helm show crds {CHART} | kubectl apply --server-side -f -"
 _OTHERS = "https://raw.githubusercontent.com/litmuschaos/chaos-charts/3.28.0/faults/kubernetes/{name}/fault.yaml"
-_WITHOUT_HELPER = frozenset({"pod-delete", faults.PARTITION})
+WITHOUT_HELPER = frozenset({"pod-delete", faults.PARTITION})
 """Experiments that need no privileged pod beside their target."""
 _LEVEL = "pod-security.kubernetes.io/enforce"
 _OPERATOR = "chaos-operator"
@@ -160,7 +160,7 @@ def _parts(site: Site, request: Request, where: str) -> Iterator[Objection]:
     elif experiment is not None:
         yield from _rights(site, request, experiment, where, account)
     space = mapping(site.cluster.get(f"/api/v1/namespaces/{where}"), "metadata", "labels")
-    if name not in _WITHOUT_HELPER and space.get(_LEVEL, "privileged") != "privileged":
+    if name not in WITHOUT_HELPER and space.get(_LEVEL, "privileged") != "privileged":
         yield Objection(
             f"pod security {space[_LEVEL]} of namespace {where} refuses the privileged helpers of {name}",
             f"kubectl label namespace {where} {_LEVEL}=privileged --overwrite; or kubernetes.litmus.namespace: another",
@@ -189,7 +189,9 @@ def _rights(site: Site, request: Request, experiment: Object, where: str, accoun
             for resource in words(rule, "resources"):
                 for space in spaces:
                     verbs = words(rule, "verbs")
-                    if no := [v for v in verbs if not _may(site, where, account, v, group, resource, space)]:
+                    if no := [
+                        v for v in verbs if not may(site.cluster, where, account, Permission(v, resource, space, group))
+                    ]:
                         role = "litmus-network-partition" if resource == "networkpolicies" else "litmus-faults"
                         lacking.setdefault((space, role), []).append(f"{', '.join(no)} {resource}")
     for (space, role), what in sorted(lacking.items()):
@@ -206,26 +208,26 @@ def _bound(where: str, account: str, space: str, role: str) -> str:
     return f"kubectl apply -f manifests/litmus/roles.yaml; {bind}"
 
 
-def _may(site: Site, where: str, account: str, verb: str, group: str, resource: str, namespace: str) -> bool:
-    plural, _, subresource = resource.partition("/")
-    attributes = {
-        "verb": verb,
-        "group": group,
-        "resource": plural,
-        "subresource": subresource,
-        "namespace": namespace,
-    }
+def may(cluster: Cluster, space: str, account: str, permission: Permission) -> bool:
+    """Whether a ServiceAccount may do that."""
+    resource, _, subresource = permission.resource.partition("/")
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SubjectAccessReview",
         "spec": {
-            "user": f"system:serviceaccount:{where}:{account}",
-            "groups": ["system:serviceaccounts", f"system:serviceaccounts:{where}", "system:authenticated"],
-            "resourceAttributes": attributes,
+            "user": f"system:serviceaccount:{space}:{account}",
+            "groups": ["system:serviceaccounts", f"system:serviceaccounts:{space}", "system:authenticated"],
+            "resourceAttributes": {
+                "verb": permission.verb,
+                "group": permission.group,
+                "resource": resource,
+                "subresource": subresource,
+                "namespace": permission.namespace,
+            },
         },
     }
-    answer = site.cluster.create("/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
-    return bool(part(answer, "status", "allowed"))
+    path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    return bool(part(cluster.create(path, review), "status", "allowed"))
 
 
 # -- what Litmus cannot do, or would do to others ------------------------------------------------------------------------
