@@ -2,7 +2,8 @@
 
     KUBECONFIG=… python -m benchmarks.cluster_rows [--only ROW…] [--out FILE]
 
-On the platform of `make cluster`; a mechanism is taken away by an overlay of manifests/platform and brought back by the platform itself.
+On the platform of `make cluster`, R0-07 on manifests/rollouts as docs/rollouts.md sets it up; a mechanism is taken away by an overlay and
+brought back by the manifests themselves.
 With its mechanism an experiment is HELD; without it, it deviates (or is refused, where that is the mechanism's point).
 """
 
@@ -15,10 +16,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PLATFORM = "manifests/platform"
+
+
+class Place(NamedTuple):
+    """Where the experiments of a row run."""
+
+    manifests: str
+    namespace: str
+    environment: str
+
+
+PLATFORM = Place("manifests/platform", "mlplatform", "cluster")
+ELSEWHERE = {"R0-07": Place("manifests/rollouts", "mlrollouts", "rollouts")}
+"""Of rows that are not the platform's."""
 CELLS: list[tuple[str, str, str]] = [
     ("R1-01", "serving-pod-failure", ""),
     ("R1-01", "serving-pod-failure", "teeth/one-replica"),
@@ -33,6 +46,8 @@ CELLS: list[tuple[str, str, str]] = [
     ("R0-02", "training-pod-delete", ""),
     ("R0-04", "inference-latency", ""),
     ("R2-03", "feature-store-delay", ""),
+    ("R0-07", "canary-bad-model", ""),
+    ("R0-07", "canary-bad-model", "teeth/no-analysis"),
 ]
 """Row, experiment, overlay without the mechanism (empty: the platform as it is)."""
 ENDS = {"teeth/no-limit": ("REFUSED",)}
@@ -43,19 +58,30 @@ def kubectl(*arguments: str) -> str:
     return subprocess.run(["kubectl", *arguments], text=True, capture_output=True, check=True, cwd=ROOT).stdout
 
 
-def settle() -> None:
+def settle(place: Place) -> None:
     """Everything is rolled out, and no autoscaler is still taking away what it added: that would hit a target by chance."""
-    kubectl("rollout", "status", "-n", "mlplatform", "deployment", "--timeout=240s")
+    if place is not PLATFORM:
+        kubectl(
+            "wait",
+            "-n",
+            place.namespace,
+            "rollout",
+            "--all",
+            "--for=jsonpath={.status.phase}=Healthy",
+            "--timeout=240s",
+        )
+        return
+    kubectl("rollout", "status", "-n", place.namespace, "deployment", "--timeout=240s")
     end = time.monotonic() + 180
     while time.monotonic() < end:
-        scalers = json.loads(kubectl("get", "hpa", "-n", "mlplatform", "-o", "json"))["items"]
+        scalers = json.loads(kubectl("get", "hpa", "-n", place.namespace, "-o", "json"))["items"]
         if all(s["status"].get("currentReplicas") == s["spec"]["minReplicas"] for s in scalers):
             return
         time.sleep(2)
 
 
-def run(home: str, experiment: str) -> dict[str, Any]:
-    words = ["--home", home, "run", experiment, "-e", "cluster", "--output", "json"]
+def run(home: str, experiment: str, environment: str) -> dict[str, Any]:
+    words = ["--home", home, "run", experiment, "-e", environment, "--output", "json"]
     command = [sys.executable, "-m", "mlchaos_dagster.cli.main", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -73,15 +99,16 @@ def main() -> None:
         for row, experiment, overlay in CELLS:
             if options.only and row not in options.only or options.teeth and not overlay:
                 continue
+            place = ELSEWHERE.get(row, PLATFORM)
             if overlay:
-                kubectl("apply", "-k", f"{PLATFORM}/{overlay}")
-            settle()
+                kubectl("apply", "-k", f"{place.manifests}/{overlay}")
+            settle(place)
             try:
-                found = run(home, experiment)
+                found = run(home, experiment, place.environment)
             finally:
                 if overlay:
-                    kubectl("apply", "-k", PLATFORM)
-                    settle()
+                    kubectl("apply", "-k", place.manifests)
+                    settle(place)
             right = found["outcome"] in (ENDS.get(overlay, ("DEVIATED", "ABORTED")) if overlay else ("HELD",))
             rows.append({"row": row, "experiment": experiment, "overlay": overlay, "right": right, "run": found})
             shown = (overlay or "as it is").rpartition("/")[2]
