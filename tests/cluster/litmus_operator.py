@@ -321,7 +321,9 @@ class Experiment(threading.Thread):
             "pod-memory-hog": self._stress,
         }.get(self.kind)
         if made is None:
-            raise Failed("CHAOS_INJECT_ERROR", "failed to create tc rules: Error: Specified qdisc kind is unknown.")
+            raise Failed(
+                "HELPER_ERROR", "failed to create priority-based queue: Error: Specified qdisc kind is unknown."
+            )
         return made()
 
     def _targets(self) -> tuple[str, list[str]]:

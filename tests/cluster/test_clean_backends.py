@@ -11,9 +11,10 @@ import pytest
 from mlchaos_dagster.drivers.litmus.driver import LitmusDriver
 from tests.cluster.conftest import Faulting, deploy, eventually, kubectl, objects, pods, ready
 from tests.cluster.litmus_operator import Litmus
+from tests.cluster.litmus_place import DATA
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_chaos_mesh import by_mesh, mesh, there  # noqa: F401  fixtures
-from tests.cluster.test_litmus import DATA, crds, driver, faulting, litmus, options  # noqa: F401  fixtures
+from tests.cluster.test_litmus import crds, driver, faulting, litmus, options  # noqa: F401  fixtures
 
 pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason="Litmus's CRDs are not beside this checkout (../shared/data/litmus)"),

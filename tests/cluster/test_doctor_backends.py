@@ -10,9 +10,10 @@ import pytest
 
 from tests.cluster.conftest import deploy, kubectl
 from tests.cluster.litmus_operator import Litmus
+from tests.cluster.litmus_place import DATA, OPERATOR
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_chaos_mesh import SYSTEM, there  # noqa: F401  a fixture
-from tests.cluster.test_litmus import DATA, OPERATOR, crds, litmus  # noqa: F401  fixtures
+from tests.cluster.test_litmus import crds, litmus  # noqa: F401  fixtures
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -1,9 +1,8 @@
-"""Litmus's real objects in the real API server, its operator and experiments by a stand-in (`litmus_operator.py`)."""
+"""Litmus's real objects in the real API server; its operator and experiments as `litmus_place.py` says."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,67 +16,33 @@ from mlchaos_dagster.drivers.litmus.driver import LitmusDriver
 from mlchaos_dagster.engine.ports import Lease
 from mlchaos_dagster.errors import DriverUnavailable, InjectFailed
 from mlchaos_dagster.kube.client import Cluster
-from tests.cluster import litmus_operator
+from tests.cluster import litmus_operator, litmus_place
 from tests.cluster.conftest import Faulting, deploy, eventually, kubectl, objects, pods, ready
 from tests.cluster.litmus_operator import Script
+from tests.cluster.litmus_place import DATA, Real
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "litmus"
 pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason="Litmus's CRDs are not beside this checkout (../shared/data/litmus)"),
     pytest.mark.timeout(180),
 ]
-OPERATOR = "chaos-operator-ce"
 LEFT = "chaosengines,chaosresults,jobs,networkpolicies"
 
 
 @pytest.fixture(scope="session")
 def crds(admin_kubeconfig: str) -> None:
-    """Of the whole cluster; they stay, another session may need them."""
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(DATA / "crds"))
-    for name in ("chaosengines", "chaosexperiments", "chaosresults"):
-        kubectl("wait", "--for=condition=Established", f"crd/{name}.litmuschaos.io", "--timeout=30s")
+    litmus_place.install_crds()
 
 
 @pytest.fixture
-def litmus(crds: None, namespace: str, admin_kubeconfig: str, context: str) -> Iterator[litmus_operator.Litmus]:
-    """Litmus in the test's namespace: experiments, service account, an operator's Deployment, and the stand-in."""
-    kubectl("apply", "-n", namespace, "-f", str(DATA / "faults"))
-    experiments = objects("chaosexperiments", namespace)
-    kubectl("create", "serviceaccount", "litmus-admin", "-n", namespace)
-    kubectl("apply", "-n", namespace, "-f", "-", stdin=litmus_operator.rules(experiments))
-    bound = f"--serviceaccount={namespace}:litmus-admin"
-    kubectl("create", "rolebinding", "litmus-admin", "-n", namespace, "--role=litmus-admin", bound)
-    kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(_operator()))
-    kubectl("rollout", "status", "-n", namespace, f"deployment/{OPERATOR}", "--timeout=60s", timeout=70)
-    found = litmus_operator.Litmus(Cluster(context, admin_kubeconfig), namespace)
-    found.start()
-    try:
+def litmus(crds: None, namespace: str, admin_kubeconfig: str, context: str) -> Iterator[litmus_operator.Litmus | Real]:
+    """Litmus in the test's namespace."""
+    with litmus_place.installed(namespace, Cluster(context, admin_kubeconfig)) as found:
         yield found
-    finally:
-        found.stop()
-        for engine in objects("chaosengines", namespace):  # nobody else lets them go now
-            drop = '{"metadata": {"finalizers": null}}'
-            kubectl("patch", "chaosengine", engine["metadata"]["name"], "-n", namespace, "--type=merge", "-p", drop)
-
-
-def _operator() -> dict[str, Any]:
-    labels = {"name": "chaos-operator"}
-    container = {"name": "chaos-operator", "image": "local/pause:1", "resources": litmus_operator.TINY}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": OPERATOR},
-        "spec": {
-            "replicas": 1,
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
-        },
-    }
 
 
 @pytest.fixture
 def options(options: Kubernetes, namespace: str) -> Kubernetes:
-    return options.model_copy(update={"litmus": Litmus(operator_namespace=namespace, inject_within="40s")})
+    return options.model_copy(update={"litmus": Litmus.model_validate(litmus_place.options(namespace))})
 
 
 @pytest.fixture
@@ -205,7 +170,7 @@ def test_what_litmus_cannot_make_fails_in_its_own_words(
     """No netem in this kernel: the experiment says so, and its engine completes."""
     near, far = deploy(namespace, "near", replicas=1), deploy(namespace, "far", replicas=1)
     lease = faulting.lease("network_latency", f"{near}->{far}", duration_s=30, latency_s=0.2, jitter_s=0.0)
-    with pytest.raises(InjectFailed, match="CHAOS_INJECT_ERROR.*Specified qdisc kind is unknown"):
+    with pytest.raises(InjectFailed, match="HELPER_ERROR.*Specified qdisc kind is unknown"):
         driver.inject(lease)
     driver.recover(lease)
     assert not driver.active(lease).present and nothing_left(namespace)

@@ -23,9 +23,8 @@ from tests.cluster import litmus_operator
 from tests.cluster.api_proxy import ApiProxy, api_proxy  # noqa: F401  a fixture
 from tests.cluster.conftest import deploy, eventually, kubectl, objects
 from tests.cluster.litmus_operator import Script
+from tests.cluster.litmus_place import DATA, OPERATOR
 from tests.cluster.test_litmus import (  # noqa: F401  fixtures
-    DATA,
-    OPERATOR,
     Leasing,
     crds,
     driver,

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import litmus_operator
+from tests.cluster import litmus_operator, litmus_place
 from tests.cluster.conftest import deploy, eventually, objects, pods
 from tests.cluster.litmus_operator import Script
+from tests.cluster.litmus_place import DATA
 from tests.cluster.surroundings import CommandLine, environment
-from tests.cluster.test_litmus import DATA, crds, litmus, nothing_left  # noqa: F401  fixtures
+from tests.cluster.test_litmus import crds, litmus, nothing_left  # noqa: F401  fixtures
 from tests.cluster.test_litmus_deaths import BROUGHT
 from tests.cluster.test_sweeper import grant, open_leases, sweeper  # noqa: F401  a fixture
 
@@ -46,7 +47,7 @@ def line(
             kubeconfig,
             backends={"litmus": ["pod_delete", "network_isolation", "litmus_engine"]},
             probe={"url": f"http://{address}/", "rate": 10, "timeout": "1s"},
-            kubernetes={"litmus": {"operator_namespace": sweeper, "inject_within": "60s"}, "sweeper_ttl": "60s"},
+            kubernetes={"litmus": litmus_place.options(sweeper), "sweeper_ttl": "60s"},
             sampling={"baseline": "3s", "min_samples": 10},
             safety={"recover_timeout": "60s", "confirm_within": "15s", "lease_ttl": "20s"},  # also on a busy machine
         )
