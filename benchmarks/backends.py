@@ -4,9 +4,9 @@
 
 One service in a namespace of its own, three experiments, one environment in which every backend serves them all; what differs
 between two columns is `mlchaos run … --backend NAME` and nothing else. Each experiment runs once over its window, and once more
-until it is stopped (`mlchaos stop`) a second after its fault was seen. Litmus's operator is the stand-in of the tests
-(`tests/cluster/litmus_operator.py`) on Litmus's real CRDs and ChaosExperiments, which `--litmus` names (a folder with `crds` and
-`faults`); Chaos Mesh is the real one, where it runs.
+until it is stopped (`mlchaos stop`) a second after its fault was seen. Litmus's operator is the one that `MLCHAOS_LITMUS` names, or the
+stand-in of the tests (`tests/cluster/litmus_place.py`), on the CRDs and ChaosExperiments of `--litmus` (a folder with `crds` and `faults`);
+Chaos Mesh is the real one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from mlchaos_dagster.kube.client import Cluster
-from tests.cluster import litmus_operator
+from tests.cluster import litmus_place
 from tests.cluster.conftest import HELPER_IMAGE, eventually, kubectl, objects
 from tests.cluster.surroundings import EXPERIMENT, CommandLine, environment
-from tests.cluster.test_sweeper import heart, install
+from tests.cluster.test_sweeper import grant, heart, install
 
 WINDOW = "15s"
 """Of the run that is judged."""
@@ -139,36 +139,6 @@ def ready(namespace: str) -> None:
         kubectl("rollout", "status", "-n", namespace, f"deployment/{name}", "--timeout=120s", timeout=130)
 
 
-@contextlib.contextmanager
-def litmus(namespace: str, data: Path, cluster: Cluster) -> Iterator[None]:
-    """Litmus in the namespace: its CRDs, its ChaosExperiments, a service account, and the stand-in for its operator."""
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(data / "crds"))
-    for name in ("chaosengines", "chaosexperiments", "chaosresults"):
-        kubectl("wait", "--for=condition=Established", f"crd/{name}.litmuschaos.io", "--timeout=30s")
-    kubectl("apply", "-n", namespace, "-f", str(data / "faults"))
-    kubectl("create", "serviceaccount", "litmus-admin", "-n", namespace)
-    kubectl("apply", "-n", namespace, "-f", "-", stdin=litmus_operator.rules(objects("chaosexperiments", namespace)))
-    account = f"--serviceaccount={namespace}:litmus-admin"
-    kubectl("create", "rolebinding", "litmus-admin", "-n", namespace, "--role=litmus-admin", account)
-    # What looks like the operator to whoever asks whether one runs; the work is done by the stand-in.
-    labels = {"name": "chaos-operator"}
-    container = {"name": "chaos-operator", "image": "local/pause:1", "resources": litmus_operator.TINY}
-    template = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
-    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
-    shell = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "chaos-operator-ce"}, "spec": spec}
-    kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(shell))
-    kubectl("rollout", "status", "-n", namespace, "deployment/chaos-operator-ce", "--timeout=60s", timeout=70)
-    operator = litmus_operator.Litmus(cluster, namespace)
-    operator.start()
-    try:
-        yield
-    finally:
-        operator.stop()
-        for engine in objects("chaosengines", namespace):
-            name, let_go = engine["metadata"]["name"], '{"metadata": {"finalizers": null}}'
-            kubectl("patch", "chaosengine", name, "-n", namespace, "--type=merge", "-p", let_go, check=False)
-
-
 def written(
     namespace: str, context: str, kubeconfig: str, backends: list[str], changes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -276,9 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=["kubernetes", "chaos_mesh", "litmus"])
     parser.add_argument("--only", nargs="*", default=[], help="names of experiments")
-    parser.add_argument(
-        "--litmus", type=Path, default=Path("../shared/data/litmus"), help="folder with crds and faults"
-    )
+    parser.add_argument("--litmus", type=Path, default=litmus_place.DATA, help="folder with crds and faults")
     parser.add_argument("--out", type=Path, help="every run as JSON")
     options = parser.parse_args()
     context = kubectl("config", "current-context").strip()
@@ -287,9 +255,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mlchaos-backends-") as root, contextlib.ExitStack() as stack:
         namespace = stack.enter_context(place())
         changes: dict[str, Any] = {}
+        for tool in {"litmus", "chaos_mesh"} & set(options.backends):
+            grant(namespace, tool)
         if "litmus" in options.backends:
-            stack.enter_context(litmus(namespace, options.litmus, Cluster(context, kubeconfig)))
-            changes["litmus"] = {"operator_namespace": namespace}
+            litmus_place.install_crds(options.litmus)
+            stack.enter_context(litmus_place.installed(namespace, Cluster(context, kubeconfig), options.litmus))
+            changes["litmus"] = litmus_place.options(namespace)
         spec = written(namespace, context, kubeconfig, options.backends, changes)
         line = CommandLine(Path(root), spec, *experiments())
         for name in [e["name"] for e in experiments() if not options.only or e["name"] in options.only]:

@@ -8,6 +8,7 @@ be left out. Tests that need an operator to behave badly skip with a real one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -32,7 +33,6 @@ ACCOUNT = "litmus-admin"
 class Real:
     """A real operator: it does what it does."""
 
-    is_real = True
     seen: tuple[str, ...] = ()
 
     @property
@@ -41,7 +41,7 @@ class Real:
 
     @script.setter
     def script(self, wanted: Script) -> None:
-        if wanted != Script():
+        if dataclasses.replace(wanted, probes={}, slow_s=0.0) != Script():  # it is slow, and judges probes itself
             pytest.skip("the real Litmus behaves as it does")
 
 

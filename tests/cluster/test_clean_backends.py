@@ -10,7 +10,7 @@ import pytest
 
 from mlchaos_dagster.drivers.litmus.driver import LitmusDriver
 from tests.cluster.conftest import Faulting, deploy, eventually, kubectl, objects, pods, ready
-from tests.cluster.litmus_operator import Litmus
+from tests.cluster.litmus_operator import Litmus, Script
 from tests.cluster.litmus_place import DATA
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_chaos_mesh import by_mesh, mesh, there  # noqa: F401  fixtures
@@ -91,7 +91,7 @@ def test_what_litmus_keeps_for_a_lost_lease(
     }
     kubectl("create", "-n", namespace, "-f", "-", stdin=json.dumps(theirs))
     if operator == "down":
-        litmus.script.deaf = True
+        litmus.script = Script(deaf=True)
         kubectl("delete", "chaosengine", "-n", namespace, "-l", f"mlchaos.dev/lease={lease.id}", "--wait=false")
 
     code, told = cleaned(line, namespace, "--dry-run")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.conftest import deploy, kubectl
 from tests.cluster.litmus_operator import Litmus
-from tests.cluster.litmus_place import DATA, OPERATOR
+from tests.cluster.litmus_place import DATA, OPERATOR, stand_in_only
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_chaos_mesh import SYSTEM, there  # noqa: F401  a fixture
 from tests.cluster.test_litmus import crds, litmus  # noqa: F401  fixtures
@@ -55,6 +55,7 @@ def test_litmus_with_each_part_missing_in_turn(
     context: str,
     admin_kubeconfig: str,
 ) -> None:
+    stand_in_only(litmus)
     written = environment(namespace, context, admin_kubeconfig)
     written["kubernetes"]["litmus"] = {"operator_namespace": namespace}
     line = CommandLine(tmp_path, written)

@@ -23,7 +23,7 @@ from tests.cluster import litmus_operator
 from tests.cluster.api_proxy import ApiProxy, api_proxy  # noqa: F401  a fixture
 from tests.cluster.conftest import deploy, eventually, kubectl, objects
 from tests.cluster.litmus_operator import Script
-from tests.cluster.litmus_place import DATA, OPERATOR
+from tests.cluster.litmus_place import DATA, OPERATOR, stand_in_only
 from tests.cluster.test_litmus import (  # noqa: F401  fixtures
     Leasing,
     crds,
@@ -236,19 +236,20 @@ BROUGHT: dict[str, Any] = {
                     {
                         "name": name,
                         "type": "httpProbe",
-                        "mode": "Edge",
+                        "mode": "EOT",
                         "httpProbe/inputs": {
                             "url": "http://web",
-                            "method": {"get": {"criteria": "==", "responseCode": "200"}},
+                            "method": {"get": {"criteria": "==", "responseCode": code}},
                         },
                         "runProperties": {"probeTimeout": "5s", "interval": "1s"},
                     }
-                    for name in ("up", "fast")
+                    for name, code in (("teapot", "418"), ("up", "200"))
                 ],
             },
         }
     ],
 }
+FAILED = {"teapot": ("Failed", "Actual value: 200, Expected value: 418")}
 
 
 @pytest.mark.req("R3-01")
@@ -260,13 +261,13 @@ def test_a_brought_engine_runs_on_frozen_pods_and_is_judged_by_its_probes(
 ) -> None:
     select = deploy(namespace, replicas=3)
     before = names(namespace, select)
-    litmus.script = Script(probes={"up": ("Failed", "Actual value: 503")})
+    litmus.script = Script(probes=FAILED)
     lease = faulting.lease("litmus_engine", select, count=1, duration_s=6, engine=BROUGHT)
     driver.inject(lease)
     assert driver.active(lease).effective and len(before & names(namespace, select)) == 2
     found = {f.name: f for f in driver.findings(lease)}
-    assert found["litmus probe up"].passed is False and "503" in found["litmus probe up"].saw
-    assert found["litmus probe fast"].passed is True and found["litmus verdict"].passed is False
+    assert found["litmus probe teapot"].passed is False and "418" in found["litmus probe teapot"].saw
+    assert found["litmus probe up"].passed is True and found["litmus verdict"].passed is False
     assert len(before & names(namespace, select)) == 2  # one round: a second one would have taken others, or failed
     driver.recover(lease)
     assert not driver.active(lease).present and nothing_left(namespace)
@@ -284,6 +285,7 @@ def test_what_is_missing_is_said_with_the_command_that_brings_it(
     namespace: str,
     driver: LitmusDriver,  # noqa: F811
 ) -> None:
+    stand_in_only(litmus)
     select = deploy(namespace)
     assert objections(driver, "pod_delete", select) == ""
     role = json.loads(kubectl("get", "role", "litmus-admin", "-n", namespace, "-o", "json"))

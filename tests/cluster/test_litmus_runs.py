@@ -16,7 +16,7 @@ from tests.cluster.litmus_operator import Script
 from tests.cluster.litmus_place import DATA
 from tests.cluster.surroundings import CommandLine, environment
 from tests.cluster.test_litmus import crds, litmus, nothing_left  # noqa: F401  fixtures
-from tests.cluster.test_litmus_deaths import BROUGHT
+from tests.cluster.test_litmus_deaths import BROUGHT, FAILED
 from tests.cluster.test_sweeper import grant, open_leases, sweeper  # noqa: F401  a fixture
 
 pytestmark = [
@@ -86,10 +86,10 @@ def test_a_failed_probe_of_a_brought_engine_makes_the_run_deviate(
     litmus: litmus_operator.Litmus,  # noqa: F811
     sweeper: str,  # noqa: F811
 ) -> None:
-    litmus.script = Script(probes={"up": ("Failed", "Actual value: 503")})
+    litmus.script = Script(probes=FAILED)
     code, out, err = line({"kind": "litmus_engine", "engine": BROUGHT})("run", "through-litmus", timeout=250)
     said = " ".join((out + err).split())
-    assert code == DEVIATED and "litmus probe up" in said and "Actual value: 503" in said, said[-2500:]
+    assert code == DEVIATED and "litmus probe teapot" in said and "418" in said, said[-2500:]
     assert nothing_left(sweeper) and not open_leases(sweeper)
 
 
