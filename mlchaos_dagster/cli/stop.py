@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mlchaos_dagster.engine.ports import Lease
 
 OBEY_S = 5.0
-"""How long a live owner may take to stop by itself; its own recovery proves more than ours (it keeps measuring)."""
+"""How long a live owner may take to begin to take its fault away, and be silent while it does; its own recovery proves more
+than ours (it keeps measuring), and a backend may need many seconds. Bounded by the owner's own `safety.recover_timeout`."""
 _EVIDENCE_S = 0.5
 """How long to wait for the evidence of a closed lease; on a full disk there is none."""
 _POLL_S = 0.02
@@ -169,9 +170,12 @@ class Stopper:
         self, ids: set[str] | None, runs: Sequence[ActiveRun], leases: Sequence[Lease], unreadable: bool = False
     ) -> list[dict[str, Any]]:
         """Wait until no run of `ids` (None: any) holds a lease or may open one; take away what is not obeyed in time."""
+        from mlchaos_dagster.engine.active import RESTORING
         from mlchaos_dagster.engine.processes import is_running
+        from mlchaos_dagster.engine.sweep import RenewalObserver
 
         places = self.places
+        renewals = RenewalObserver(places.ledger, places.clock, OBEY_S)
         held = {x.id: x for x in leases}
         told = {r.run_id: r for r in runs}
         results: list[dict[str, Any]] = []
@@ -186,13 +190,23 @@ class Stopper:
                 results.append(self._obeyed(held.pop(lease_id)))
             for run_id in [i for i in told if i not in alive or not alive[i].may_inject]:
                 results.append(self._harmless(told.pop(run_id), gone=run_id not in alive))
-            lost = not told and not any(is_running(x.owner) for x in held.values())
-            if lost or self.seconds >= OBEY_S:
+            if not told and not any(is_running(x.owner) for x in held.values()):
                 break
+            renewals.look(list(held.values()))
+            if self.seconds >= OBEY_S:
+                results += [self._deaf(alive[i]) for i in told]
+                told.clear()
+                at_work = {r.run_id for r in alive.values() if r.phase == RESTORING}
+                late = [i for i, x in held.items() if x.run_id not in at_work or renewals.silent(x)]
+                if unreadable or len(late) == len(held):
+                    break
+                if late:
+                    results += self._take_away(late)
+                    held = {i: x for i, x in held.items() if i not in late}
             time.sleep(_POLL_S)
         if held or unreadable:
             results += self._take_away(None if unreadable else list(held))
-        return results + [self._deaf(alive[i]) for i in told]
+        return results
 
     def _harmless(self, run: ActiveRun, gone: bool) -> dict[str, Any]:
         said = f"it was told in its {run.phase} phase and {'has ended' if gone else 'injects nothing more'}"

@@ -23,7 +23,8 @@ from mlchaos_dagster.engine.processes import Processes, SystemProcesses
 from mlchaos_dagster.engine.stops import RUN_ID
 from mlchaos_dagster.errors import StoreError
 
-GUARDS, BASELINE, FAULT, RECOVERY, ENDED = "guards", "baseline", "fault", "recovery", "ended"
+GUARDS, BASELINE, FAULT, RESTORING, RECOVERY, ENDED = "guards", "baseline", "fault", "restoring", "recovery", "ended"
+"""`restoring`: the fault is being taken away; `recovery`: it is proven gone, and the target is watched coming back."""
 HARMLESS = frozenset({RECOVERY, ENDED})
 """Phases after which a run injects nothing more; every other word, also a damaged one, counts as may."""
 _PHASE = 16

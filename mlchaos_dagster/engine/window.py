@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlchaos_dagster.domain.record import AbortFacts, CleanFacts, Evidence, FaultFacts, Span
 from mlchaos_dagster.engine.actions import Rollback
+from mlchaos_dagster.engine.active import RESTORING
 from mlchaos_dagster.engine.confirmation import LAST_LOOK_S, Confirmation
 from mlchaos_dagster.engine.degradation import Degradation
 from mlchaos_dagster.engine.findings import patience_s, take_findings
@@ -228,6 +229,7 @@ def _take_away(run: Run, lease: Lease) -> None:
     """Recover until the target itself says that nothing is left; bounded by `recover_timeout`."""
     kit = run.kit
     renew_anyway(run, lease)
+    kit.active.note(run.run_id, RESTORING)
     requested = run.mark("recover_requested")
     run.tell("phase", {"name": "recovery", "seconds": run.experiment.recovery.within})
     end = kit.clock.monotonic() + run.environment.safety.recover_timeout

@@ -62,6 +62,7 @@ if manner == "unannounced":  # it looked at the lever, and is just about to writ
         time.sleep(0.3)
         ledger._files.write(lease)
     time.sleep(600)
+mine = ledger.open(lease) if manner in ("restores", "freezes") else None
 print("ready", flush=True)
 if manner == "deaf":
     time.sleep(600)
@@ -69,12 +70,21 @@ told()
 time.sleep(0.3)
 if manner == "obeys":
     leave()
-mine = ledger.open(lease)
+mine = mine or ledger.open(lease)
 if manner == "passes":  # on from baseline to window, then it looks, recovers, closes
     time.sleep(0.3)
     ledger.close(mine, ["nothing of it is there"])
     active.note(run_id, "recovery")
     time.sleep(0.2)
+    leave()
+if manner in ("restores", "freezes"):  # a recovery that takes longer than a stop waits for a word
+    active.note(run_id, "restoring")
+    for _ in range(30):
+        time.sleep(0.1)
+        if manner == "freezes":
+            time.sleep(600)
+        ledger.renew(mine)
+    ledger.close(mine, ["nothing of it is there"])
     leave()
 time.sleep(600)  # "hangs", with a lease
 """
@@ -162,6 +172,28 @@ def test_a_run_that_opens_a_lease_and_hangs_is_taken_over(cli: Cli, home: Path, 
     answer = cli("stop", NAME, "-o", "json")
     (stopped,) = json.loads(answer.out)["stopped"]
     assert answer.code == 0 and (stopped["lease"], stopped["taken_away_by"]) == ("lease-1", "mlchaos stop")
+    assert player.wait(5) == -9 and leftovers(home) == []
+
+
+@pytest.mark.req("R4-05", "RX-01")
+@pytest.mark.parametrize("word", [NAME, "--all"])
+def test_a_run_that_is_long_at_restoring_is_awaited(
+    cli: Cli, start: Start, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that needs many seconds, such as another tool's operator: a killed run would have no record."""
+    monkeypatch.setattr("mlchaos_dagster.cli.stop.OBEY_S", 1.0)
+    player = start("restores", "fault")
+    answer = cli("stop", word, "-o", "json")
+    (stopped,) = json.loads(answer.out)["stopped"]
+    assert answer.code == 0 and stopped["taken_away_by"] == "its own run" and stopped["seconds"] > 2.5, stopped
+    assert player.wait(5) == 0
+
+
+@pytest.mark.req("R4-05", "RX-01")
+def test_a_run_that_freezes_while_it_restores_is_taken_over(cli: Cli, home: Path, start: Start) -> None:
+    player = start("freezes", "fault")
+    (stopped,) = json.loads(cli("stop", NAME, "-o", "json").out)["stopped"]
+    assert stopped["taken_away_by"] == "mlchaos stop" and stopped["clean"] and stopped["seconds"] < 10
     assert player.wait(5) == -9 and leftovers(home) == []
 
 

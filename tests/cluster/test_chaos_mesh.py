@@ -6,6 +6,7 @@ All in one file, one after the other: some of these tests stop the controller, w
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -208,8 +209,9 @@ import time; time.sleep(600)
 
 
 @pytest.mark.req("RX-01")
-@pytest.mark.parametrize("kind", ["pod_failure", "network_partition", "cpu_stress"])
-@pytest.mark.parametrize("when", ["half-way", "injected"])
+@pytest.mark.parametrize(
+    ("kind", "when"), [*((c.kind, "half-way") for c in CASES), *((c.kind, "injected") for c in CASES if c.held)]
+)
 def test_killed_and_recovered_by_another_process(
     kind: str, when: str, by_mesh: Faulting, namespace: str, options: Kubernetes, context: str, kubeconfig: str
 ) -> None:
@@ -243,29 +245,50 @@ def test_killed_and_recovered_by_another_process(
         assert not case.seen(namespace, [p for p in before if p["metadata"]["uid"] in lease.targets[0]])
 
 
-@pytest.mark.req("R0-02")
-def test_what_this_kernel_cannot_do_fails_in_the_daemons_words_and_hangs_nowhere(
-    by_mesh: Faulting, namespace: str
+def brought(kind: str, **spec: Any) -> dict[str, Any]:
+    """A team's own resource, as `chaos_mesh_resource` takes it."""
+    chosen = {"mode": "one", "duration": "1h", "selector": {"labelSelectors": {"app": "web"}}}
+    return {"resource": {"kind": kind, "spec": {**chosen, **spec}}}
+
+
+OWN = "chaos_mesh_resource"
+CANNOT: list[tuple[str, str, str, dict[str, Any], str]] = [
+    ("networkchaos", "network_latency", "->app=far", {"latency_s": 0.2, "jitter_s": 0.0}, "qdisc|unable to set tcs"),
+    ("networkchaos", "network_loss", "->app=far", {"fraction": 0.5}, "qdisc|unable to set tcs"),
+    ("iochaos", OWN, "", brought("IOChaos", action="latency", delay="100ms", volumePath="/tmp", percent=100), "toda"),
+    ("httpchaos", OWN, "", brought("HTTPChaos", target="Request", port=8080, abort=True), "tproxy"),
+]
+"""What a daemon fails to do on a kernel without netem, and when it was built without its helper programs."""
+
+
+@pytest.mark.req("R0-02", "R3-05")
+@pytest.mark.parametrize(("plural", "kind", "link", "params", "said"), CANNOT, ids=["latency", "loss", "io", "http"])
+def test_what_the_daemon_cannot_do_fails_in_its_words_and_hangs_nowhere(
+    plural: str, kind: str, link: str, params: dict[str, Any], said: str, by_mesh: Faulting, namespace: str
 ) -> None:
-    """Without netem: never injected, never recovered by Chaos Mesh, and its deletion hangs, unless its note is cleared."""
-    if subprocess.run(["modprobe", "sch_netem"], capture_output=True, check=False).returncode == 0:
+    """Never injected, never recovered by Chaos Mesh, and its deletion hangs, unless its note is cleared."""
+    if link and subprocess.run(["modprobe", "sch_netem"], capture_output=True, check=False).returncode == 0:
         pytest.skip("this kernel can delay packets")
     deploy(namespace)
-    deploy(namespace, "far", 1)
-    lease = by_mesh.lease("network_latency", "app=web->app=far", count=1, latency_s=0.2, jitter_s=0.0)
-    with pytest.raises(InjectFailed, match="qdisc|unable to set tcs"):
+    if link:
+        deploy(namespace, "far", 1)
+    lease = by_mesh.lease(kind, f"app=web{link}", count=1, **params)
+    try:
         by_mesh.driver.inject(lease)
+    except InjectFailed as e:
+        assert re.search(said, str(e)), e
+    else:
+        by_mesh.driver.recover(lease)
+        pytest.skip("this daemon has its helper programs")
     began = time.monotonic()
     by_mesh.driver.recover(lease)
-    print(
-        f"delay without netem: recovered in {time.monotonic() - began:.2f} s",
-        *by_mesh.driver.active(lease).lines,
-        sep="\n   ",
-    )
-    assert resources(namespace, "networkchaos") == []
-    assert not by_mesh.driver.active(lease).present
-    for note in resources(namespace, "podnetworkchaos"):
-        assert not note["spec"].get("tcs"), "nothing is left that the daemon would try for ever"
+    left = by_mesh.driver.active(lease)
+    print(f"{plural}: recovered in {time.monotonic() - began:.2f} s", *left.lines, sep="\n   ")
+    assert resources(namespace, plural) == []
+    assert not left.present, left.lines
+    for note in objects(f"pod{plural}.chaos-mesh.org", namespace):
+        assert not any(note["spec"].get(key) for key in ("tcs", "actions", "rules")), "the daemon would try for ever"
+    eventually(lambda: sum(map(ready, pods(namespace, "app=web"))) == 2, 60)
 
 
 @pytest.fixture

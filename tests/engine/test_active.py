@@ -135,7 +135,8 @@ def test_a_run_is_listed_from_its_guards_to_its_end(tmp_path: Path) -> None:
     assert finished(run) is Outcome.HELD
     phases = dict(seen)
     assert phases["lever released"] == phases["health"] == "guards"
-    assert phases["baseline_started"] == "baseline" and phases["injected"] == phases["proven_clean"] == "fault"
+    assert phases["baseline_started"] == "baseline" and phases["injected"] == "fault"
+    assert phases["proven_clean"] == "restoring"
     assert phases["observation_ended"] == "recovery"
     assert run.kit.active.running() == () and not list((tmp_path / "active").iterdir())
     assert run.kit.stop_files.requested("run-2") == "another one" and not run.may_inject
@@ -237,7 +238,7 @@ def test_who_is_asked_at_any_moment_and_holds_no_lease_injects_nothing(tmp_path:
             assert judge(record, run.samples).outcome in (Outcome.ABORTED, Outcome.REFUSED)
         if not saw["runs"][0].may_inject:
             assert not saw["leases"], f"call {k}: called harmless with an open lease"
-    assert early > 10 and phases == {"guards", "baseline", "fault", "recovery", "ended"}, (early, phases)
+    assert early > 10 and phases == {"guards", "baseline", "fault", "restoring", "recovery", "ended"}, (early, phases)
 
 
 @pytest.mark.req("R4-05")
