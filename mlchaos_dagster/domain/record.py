@@ -223,6 +223,15 @@ class RunRecord(_Fact):
         return next((m.t for m in self.moments if m.name == name), None)
 
     @property
+    def full(self) -> Span | None:
+        """The window as it was asked for: from the fault's being made to its planned end. A backend may need many seconds before.
+
+        None where it was not reached.
+        """
+        begun, ended = self.moment("injected"), self.moment("window_ended")
+        return None if begun is None or ended is None or ended <= begun else Span(start=begun, end=ended)
+
+    @property
     def tested(self) -> Span | None:
         """The window without the wait for a backend's own judgement, in which its fault may long be over by itself."""
         ended = self.moment("window_ended")

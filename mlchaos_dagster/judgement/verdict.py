@@ -20,6 +20,7 @@ from mlchaos_dagster.domain.record import (
     RunRecord,
     Samples,
     SliResult,
+    Span,
     Verdict,
 )
 from mlchaos_dagster.domain.spec import Expectation, Objective
@@ -166,16 +167,24 @@ def _agreed(record: RunRecord) -> list[str]:
 def _meanwhile(
     record: RunRecord, slis: dict[str, SliResult], samples: Samples, reference: Reference | None
 ) -> list[str]:
-    """What broke only once the wait for the backend's judgement is counted in: no harm falls between phases."""
-    if record.window is None or record.tested == record.window:
-        return []
-    whole = Phase(samples, record.environment, record.window, reference, with_open_requests=True)
-    return [
-        f"{describe(o)} broke before the fault was taken away: {show_value(value, slis[o.sli].unit)} with the wait for "
-        f"what the backend judged."
-        for o in record.experiment.steady_state
-        if slis[o.sli].met and (value := whole.value(o.sli)) is not None and not o.met_by(value)
-    ]
+    """What broke only in another cut of the window: no harm falls between phases, and none is thinned out.
+
+    The numbers are those of the window from the word to inject to the proof of clean. In it a backend that needs seconds to
+    make its fault has healthy ones, and the wait for its judgement is left out.
+    """
+    cuts: list[tuple[Span, str, str]] = []
+    if record.full is not None:
+        cuts.append((record.full, "while the fault was on", "from injected to the end of the window"))
+    if record.window is not None and record.tested != record.window:
+        cuts.append((record.window, "before the fault was taken away", "with the wait for what the backend judged"))
+    said: dict[str, str] = {}
+    for span, when, cut in cuts:
+        phase = Phase(samples, record.environment, span, reference, with_open_requests=True)
+        for o in record.experiment.steady_state:
+            value = phase.value(o.sli) if slis[o.sli].met and o.sli not in said else None
+            if value is not None and not o.met_by(value):
+                said[o.sli] = f"{describe(o)} broke {when}: {show_value(value, slis[o.sli].unit)} {cut}."
+    return list(said.values())
 
 
 def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:

@@ -83,6 +83,21 @@ def test_harm_is_not_thinned_out_by_the_wait(tmp_path: Path) -> None:
     assert verdict.slis["availability"].samples < 700
 
 
+def test_harm_is_not_thinned_out_by_a_backend_that_is_slow_to_begin(tmp_path: Path) -> None:
+    """Ten requests fail: 2 % of the 500 while the fault was on, 0.7 % of those since it was begun to be made."""
+    world = World(batches={"inject": 50})
+    run = build(tmp_path, world)
+    begun = world.clock.t
+    world.at[begun + 30.0] = lambda w: setattr(w, "errors_during", 1.0)
+    world.at[begun + 30.2] = lambda w: setattr(w, "errors_during", 0.0)
+    record = run_experiment(run)
+    assert record.full is not None and record.window is not None
+    assert record.full.length == pytest.approx(10, abs=0.1) and record.window.length > 30
+    verdict = judge(record, run.samples)
+    assert verdict.outcome is Outcome.DEVIATED and "broke while the fault was on" in verdict.reasons[0], verdict.reasons
+    assert verdict.slis["availability"].met
+
+
 def test_harm_that_comes_only_while_waiting_is_seen(tmp_path: Path) -> None:
     world = World()
     run = judged(tmp_path, world, PASSED, takes_s=20.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlchaos_dagster.drivers.cluster.differences import Difference
 
-START = "10 to 15 s from our ChaosEngine to the effect (seen: 10.7 s for `pod_delete`, 11.2 s for `network_isolation`); more where images are pulled."
-END = "Litmus's own stop takes 10 to 13 s (seen: 9.8 s, 12.7 s); we prove the target clean ourselves, as soon as its Jobs and pods are gone."
+START = "Seconds from our ChaosEngine to the effect (seen: 15 s for `pod_delete`, 14 s for `network_partition`, 26 s for `cpu_stress`); more where images are pulled. They count to the measured window and make its effects smaller than the harm; objectives must hold over the fault's own duration, too."
+END = "Litmus's own stop takes 9 to 13 s (seen); we prove the target clean ourselves, as soon as its Jobs and pods are gone."
 _EXPERIMENT = "The experiment undoes it at its duration, as long as it and its helper live; when they are killed without grace it stays until the sweeper or `mlchaos clean`."
 _CGROUP = "CPU or memory of the container's cgroup, read inside it: Python must be in the container."
 _WIRE = "From inside the pod: connections and requests to the other end, and the kernel's own queue (`netem`)."
