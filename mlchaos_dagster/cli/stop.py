@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 OBEY_S = 5.0
 """How long a live owner may take to begin to take its fault away, and be silent while it does; its own recovery proves more
 than ours (it keeps measuring), and a backend may need many seconds. Bounded by the owner's own `safety.recover_timeout`."""
+LONGEST_S = 300.0
+"""How long a run is awaited that goes on renewing: its bound is its own word, and a driver may step for ever."""
 _EVIDENCE_S = 0.5
 """How long to wait for the evidence of a closed lease; on a full disk there is none."""
 _POLL_S = 0.02
@@ -178,15 +180,17 @@ class Stopper:
         renewals = RenewalObserver(places.ledger, places.clock, OBEY_S)
         held = {x.id: x for x in leases}
         told = {r.run_id: r for r in runs}
+        taken: set[str] = set()  # once: what could not be taken away is told, with the command
         results: list[dict[str, Any]] = []
         while True:
             # In this order: a run that has left has left its lease open, if it left one.
             alive = {r.run_id: r for r in places.active.running()}
-            still = {x.id: x for x in places.ledger.leases() if ids is None or x.run_id in ids}
+            still = {x.id: x for x in places.ledger.leases() if x.id not in taken and (ids is None or x.run_id in ids)}
             held.update(still)
             for lease in held.values():
                 told.pop(lease.run_id, None)  # from here on its lease tells
-            for lease_id in held.keys() - still.keys():
+            damaged = {i for i in held.keys() - still.keys() if places.ledger.is_open(i)}  # it cannot be read any more
+            for lease_id in held.keys() - still.keys() - damaged:
                 results.append(self._obeyed(held.pop(lease_id)))
             for run_id in [i for i in told if i not in alive or not alive[i].may_inject]:
                 results.append(self._harmless(told.pop(run_id), gone=run_id not in alive))
@@ -196,16 +200,17 @@ class Stopper:
             if self.seconds >= OBEY_S:
                 results += [self._deaf(alive[i]) for i in told]
                 told.clear()
-                at_work = {r.run_id for r in alive.values() if r.phase == RESTORING}
-                late = [i for i, x in held.items() if x.run_id not in at_work or renewals.silent(x)]
+                at_work = {r.run_id for r in alive.values() if r.phase == RESTORING and self.seconds < LONGEST_S}
+                late = {i: x for i, x in held.items() if i in damaged or x.run_id not in at_work or renewals.silent(x)}
                 if unreadable or len(late) == len(held):
                     break
                 if late:
-                    results += self._take_away(late)
+                    results += self._take_away(list(late), late)
+                    taken |= late.keys()
                     held = {i: x for i, x in held.items() if i not in late}
             time.sleep(_POLL_S)
         if held or unreadable:
-            results += self._take_away(None if unreadable else list(held))
+            results += self._take_away(None if unreadable else list(held), held)
         return results
 
     def _harmless(self, run: ActiveRun, gone: bool) -> dict[str, Any]:
@@ -228,7 +233,7 @@ class Stopper:
             evidence = self.places.evidence(lease)
         return _row(lease, "its own run", True, seconds, evidence, "")
 
-    def _take_away(self, only: list[str] | None) -> list[dict[str, Any]]:
+    def _take_away(self, only: list[str] | None, known: Mapping[str, Lease]) -> list[dict[str, Any]]:
         from mlchaos_dagster.engine.sweep import sweep
 
         places = self.places
@@ -240,6 +245,7 @@ class Stopper:
             only=only,
             force=self.reason,
             by="mlchaos stop",
+            known=known,
         )
         return [_row(r.lease, "mlchaos stop", r.clean, self.seconds, r.evidence, r.command, r.error) for r in swept]
 

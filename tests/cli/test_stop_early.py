@@ -13,12 +13,17 @@ import pytest
 
 from mlchaos_dagster.cli.stop import OBEY_S
 from mlchaos_dagster.domain.record import Evidence
+from mlchaos_dagster.engine.ports import Lease
+from mlchaos_dagster.engine.sweep import sweep
+from mlchaos_dagster.errors import DriverError
 
 from .conftest import Cli
 
 pytestmark = pytest.mark.timeout(180)
 RUN = "0f8fad5b-d9cb-469f-a165-70867728950e"
 NAME = "serving-pod-failure"
+STUBBORN = "lease-9"
+"""Of this one the backend takes nothing away."""
 Start = Callable[..., "subprocess.Popen[str]"]
 
 PLAYER = """
@@ -35,8 +40,9 @@ home, run_id, name, phase, manner = Home(Path(sys.argv[1])), *sys.argv[2:6]
 clock, stops = SystemClock(), StopFiles(home)
 active, ledger, stop = ActiveRuns(home.active, clock), FileLedger(home.ledger, clock), FileStop(stops, run_id)
 now = clock.wall()
-lease = Lease("lease-1", run_id, name, "sandbox", "sandbox", "pod_failure", ("inference-1",), {}, {}, 60.0, now,
-              now + 60.0, current_owner())
+number = run_id[-1] if run_id.startswith("run-") else "1"
+lease = Lease(f"lease-{number}", run_id, name, "sandbox", "sandbox", "pod_failure", (f"inference-{number}",), {}, {}, 60.0,
+              now, now + 60.0, current_owner())
 
 
 def told():
@@ -62,7 +68,7 @@ if manner == "unannounced":  # it looked at the lever, and is just about to writ
         time.sleep(0.3)
         ledger._files.write(lease)
     time.sleep(600)
-mine = ledger.open(lease) if manner in ("restores", "freezes") else None
+mine = ledger.open(lease) if manner in ("restores", "freezes", "damages") else None
 print("ready", flush=True)
 if manner == "deaf":
     time.sleep(600)
@@ -70,6 +76,9 @@ told()
 time.sleep(0.3)
 if manner == "obeys":
     leave()
+if manner == "damages":
+    ledger._files.find(lease.id).path.write_text("{half")
+    time.sleep(600)
 mine = mine or ledger.open(lease)
 if manner == "passes":  # on from baseline to window, then it looks, recovers, closes
     time.sleep(0.3)
@@ -97,8 +106,9 @@ def start(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     class Backend:
         name = "sandbox"
 
-        def recover(self, lease: object) -> None:
-            pass
+        def recover(self, lease: Lease) -> None:
+            if lease.id == STUBBORN:
+                raise DriverError("the backend is away", driver="sandbox", verb="recover")
 
         def active(self, lease: object) -> Evidence:
             return Evidence(present=False, effective=False, lines=("nothing of it is there",))
@@ -194,6 +204,44 @@ def test_a_run_that_freezes_while_it_restores_is_taken_over(cli: Cli, home: Path
     player = start("freezes", "fault")
     (stopped,) = json.loads(cli("stop", NAME, "-o", "json").out)["stopped"]
     assert stopped["taken_away_by"] == "mlchaos stop" and stopped["clean"] and stopped["seconds"] < 10
+    assert player.wait(5) == -9 and leftovers(home) == []
+
+
+@pytest.mark.req("R4-05", "RX-01")
+def test_a_run_that_restores_for_ever_is_not_awaited_for_ever(
+    cli: Cli, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlchaos_dagster.cli.stop.OBEY_S", 0.5)
+    monkeypatch.setattr("mlchaos_dagster.cli.stop.LONGEST_S", 1.5)
+    player = start("restores", "fault")
+    (stopped,) = json.loads(cli("stop", NAME, "-o", "json").out)["stopped"]
+    assert stopped["taken_away_by"] == "mlchaos stop" and player.wait(5) == -9
+
+
+@pytest.mark.req("R4-05", "RX-01")
+def test_what_could_not_be_taken_away_is_told_once_while_another_is_awaited(
+    cli: Cli, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlchaos_dagster.cli.stop.OBEY_S", 1.0)
+    monkeypatch.setitem(sweep.__kwdefaults__, "proof_s", 0.1)
+    hangs, restores = start("hangs", "fault", run_id="run-9"), start("restores", "fault", run_id="run-1")
+    answer = cli("stop", NAME, "-o", "json")
+    rows = {r["lease"]: r for r in json.loads(answer.out)["stopped"]}
+    assert len(rows) == len(json.loads(answer.out)["stopped"]), answer.out
+    assert (
+        answer.code == 70 and not rows[STUBBORN]["clean"] and rows[STUBBORN]["command"] == f"mlchaos recover {STUBBORN}"
+    )
+    assert rows["lease-1"]["taken_away_by"] == "its own run"
+    assert hangs.wait(5) == -9 and restores.wait(5) == 0
+
+
+@pytest.mark.req("R4-05", "RX-01")
+def test_a_lease_that_is_damaged_meanwhile_is_not_taken_for_closed(cli: Cli, home: Path, start: Start) -> None:
+    player = start("damages", "fault")
+    answer = cli("stop", NAME, "-o", "json")
+    (stopped,) = json.loads(answer.out)["stopped"]
+    assert answer.code == 0 and stopped["taken_away_by"] == "mlchaos stop", stopped
+    assert stopped["targets"] == ["inference-1"], "it was readable before: nothing of it is forgotten"
     assert player.wait(5) == -9 and leftovers(home) == []
 
 
