@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from mlchaos_dagster.errors import Problem, SpecError
@@ -35,9 +36,7 @@ def no_file(name: str) -> None:
     """Where only the name of an experiment is taken. Raises SpecError: it is meant as a file."""
     no_lost_file([name])
     if is_file(name):
-        import shlex
-
-        file = shlex.quote(name)
+        file = quote(name)
         how = f"mlchaos check {file} says what it holds, mlchaos import {file} makes experiments of other tools' YAML"
         raise SpecError(f"a file. Allowed: a name that `mlchaos list` shows; {how}.", name)
 
@@ -156,11 +155,9 @@ def _checked(brought: Brought, environment: Environment | None, target: str) -> 
         n = len(brought.drafts)
         words = f"{n} experiment{'s' * (n != 1)}: {', '.join(d.name for d in brought.drafts)}"
         here = environment.name if environment is not None and environment.kubernetes is not None else "ENVIRONMENT"
-        of = f" -e {here}" + " --target NAME" * template
-        notes.append(
-            f"{brought.source}: {words}. Run it: mlchaos run {brought.source}{of}; "
-            f"keep it: mlchaos import {brought.source}{of} --to DIR"
-        )
+        meant = "NAME" if template else quote(target)
+        of = f"{quote(brought.source)} -e {here}" + (f" --target {meant}" if template or target else "")
+        notes.append(f"{brought.source}: {words}. Run it: mlchaos run {of}; keep it: mlchaos import {of} --to DIR")
     return problems, notes
 
 

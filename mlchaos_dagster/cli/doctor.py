@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ _MARK = {"ok": "✔ ok      ", "missing": "✘ missing ", "optional": "– optio
 _FOUND = "✘ found   "
 """In place of `missing`, of what should not be there."""
 _SHOULD_NOT_BE = ("left behind", "lease", "lever")
+_PARTS = re.compile(r"; (?=kubectl |helm |mlchaos |or )")
+"""Between commands, and before what may be done instead: each is told on a line of its own, to be pasted."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def command(backend: str | None) -> None:
         mark = _FOUND if finding.state == "missing" and finding.what in _SHOULD_NOT_BE else _MARK[finding.state]
         app.out(f"{mark}  {finding.what}: {finding.saw}")
         if finding.help not in ("", told) and finding.state != "ok":
-            app.out(f"              → {finding.help}")
+            for remedy in _PARTS.split(finding.help):
+                app.out(f"              {'' if remedy.startswith('or ') else '→ '}{remedy}")
     broken = [f for f in found if f.state == "missing"]
     app.dump({"ok": not broken, "findings": [asdict(f) for f in found]})
     app.out(f"\n{'everything that runs need is there' if not broken else f'{len(broken)} to mend'}")

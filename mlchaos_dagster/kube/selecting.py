@@ -63,4 +63,9 @@ def matching(site: Site, kind: str, namespace: str, labels: str) -> list[dict[st
 
 def is_there(found: dict[str, Any]) -> bool:
     """Neither on its way out nor over."""
-    return not text(found, "metadata", "deletionTimestamp") and text(found, "status", "phase") not in _OVER
+    return not text(found, "metadata", "deletionTimestamp") and not has_ended(found)
+
+
+def has_ended(found: dict[str, Any]) -> bool:
+    """Nothing of a pod runs any more, and what was in it is gone."""
+    return text(found, "status", "phase") in _OVER

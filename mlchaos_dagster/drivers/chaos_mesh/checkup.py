@@ -120,7 +120,7 @@ def _daemons(site: Site, environment: Environment, system: str) -> Iterator[Poin
             saw = f"none on node {node}, which carries targets"
             taints = f"kubectl get node {node} -o jsonpath='{{.spec.taints}}'"
             wrong = True
-            yield Point(what, "missing", saw, f"{install(system)}, which tolerates every taint; see {taints}")
+            yield Point(what, "missing", saw, f"{install(system)}; {taints}")
         elif not preflight.is_ready(on[node]):
             name = text(on[node], "metadata", "name")
             wrong = True
@@ -171,14 +171,12 @@ def _asked(space: str, action: str) -> Object:
 def _refused(what: str, error: ApiRefused, space: str, system: str) -> Point:
     said = told(error)
     if "x509" in said or "certificate" in said:
-        return Point(
-            what, "missing", f"its certificate is not taken: {said}", f"{install(system)}, which makes new ones"
-        )
+        return Point(what, "missing", f"its certificate is not taken: {said}", install(system))
     if "calling webhook" in said:
         look = f"kubectl get pods,endpoints -n {system}; kubectl logs deployment/chaos-controller-manager -n {system}"
         return Point(what, "missing", f"it does not answer: {said}", look)
     if isinstance(error, Forbidden) or "forbidden" in said:
-        return Point(what, "missing", said, f"kubectl apply -n {space} -k manifests/rbac/chaos_mesh/namespace")
+        return Point(what, "missing", said, preflight.brings_rights("chaos_mesh", space))
     return Point(what, "missing", said, f"kubectl logs deployment/chaos-controller-manager -n {system}")
 
 
@@ -208,15 +206,13 @@ def _ours(site: Site, environment: Environment) -> Iterator[Point]:
         reach.beyond(site.cluster, site.options.control_namespace, spaces(site, environment), "chaos_mesh")
     ):
         saw = f"the sweeper could not take such a fault away in namespace {space}"
-        yield Point(
-            "chaos_mesh: sweeper", "missing", saw, f"kubectl apply -n {space} -k manifests/rbac/chaos_mesh/namespace"
-        )
+        yield Point("chaos_mesh: sweeper", "missing", saw, preflight.brings_rights("chaos_mesh", space))
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
-        whole = f"kubectl apply -n {namespace} -k manifests/rbac/chaos_mesh/namespace"
+        whole = preflight.brings_rights("chaos_mesh", namespace)
         if namespace in ("", site.options.chaos_mesh.system_namespace):
             whole = "kubectl apply -k manifests/rbac/chaos_mesh"
-        help = f"{whole}, for the account mlchaos-runner; for another add {rule}"
+        help = f"{whole}; or for another account than mlchaos-runner add {rule}"
         yield Point("chaos_mesh: our rights", "missing", f"may not {said}", help)
     if not missing and on_cluster(environment):
         yield Point("chaos_mesh: our rights", "ok", f"all {len(asked)} that {len(kinds)} faults through it need")

@@ -16,10 +16,12 @@ from mlchaos_dagster.errors import DriverError, DriverUnavailable
 from mlchaos_dagster.kube.client import ApiRefused, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
 from mlchaos_dagster.kube.refs import Ref
-from mlchaos_dagster.kube.selecting import is_there
+from mlchaos_dagster.kube.selecting import has_ended, is_there
 
 NAME = "chaos_mesh"
 _LOOK_S = 5.0
+_IN_PODS = ("HTTPChaos", "JVMChaos", "TimeChaos")
+"""Unseen kinds whose effect is in the pods and nowhere else."""
 _PLACES = (("containers", "normal"), ("initContainers", "init"))
 
 
@@ -69,6 +71,14 @@ class WordEyes(Quiet):
         line = f"nothing of ours can see {kind}: " + (
             "Chaos Mesh's own word is taken" if site.options.chaos_mesh.take_its_word else "its effect is not proven"
         )
+        if last and on and kind in _IN_PODS and (pods := [ref for ref in injection.refs if ref.kind == "pod"]):
+            # Once the pods are over, its controller finds nothing to recover, and says for ever that it failed.
+            found = frozen.read_all(site, pods)
+            there = [ref for ref in pods if (pod := found[ref]) is not None and not has_ended(pod)]
+            if not there:
+                return Seen(False, False, ("the pods are gone, and what Chaos Mesh did to them with them",))
+            names = ", ".join(f"-n {ref.namespace} {ref.name}" for ref in there)
+            line += f"; what Chaos Mesh cannot take away goes with the pod: kubectl delete pod {names}"
         return Seen(bool(on), done and site.options.chaos_mesh.take_its_word, (line,))
 
 

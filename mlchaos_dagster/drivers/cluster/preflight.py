@@ -112,12 +112,19 @@ def refused(site: Site, needed: Iterable[Permission]) -> Iterator[tuple[str, str
 def _within_reach(site: Site, request: Request, backend: str) -> Iterator[Objection]:
     """The last ring must hold there, too: for what another tool makes it needs that tool's rights."""
     spaces = {ref.namespace for ref in request.refs if ref.namespace}
-    rights = "manifests/rbac" if backend == "kubernetes" else f"manifests/rbac/{backend}"
     for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces, backend)):
         yield Objection(
             f"the sweeper has no rights in namespace {name}: it could not take the fault away",
-            f"kubectl apply -n {name} -k {rights}/namespace",
+            brings_rights(backend, name),
         )
+
+
+def brings_rights(backend: str, namespace: str) -> str:
+    """The commands that give run and sweeper their rights in a namespace. The roles of other tools are not installed with us."""
+    if backend == "kubernetes":
+        return f"kubectl apply -n {namespace} -k manifests/rbac/namespace"
+    rights = f"manifests/rbac/{backend}"
+    return f"kubectl apply -k {rights}; kubectl apply -n {namespace} -k {rights}/namespace"
 
 
 def _pods(site: Site, request: Request) -> dict[str, Object]:

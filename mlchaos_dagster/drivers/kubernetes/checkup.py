@@ -125,7 +125,7 @@ def _permissions(site: Site, environment: Environment) -> Iterator[Point]:
         whole = f"kubectl apply -n {namespace} -k manifests/rbac/namespace"
         if namespace in ("", site.options.control_namespace):
             whole = "kubectl apply -k manifests/rbac"
-        help = f"{whole}, for the account mlchaos-runner (docs/rbac.md); for another add {rule}"
+        help = f"{whole}; or for another account than mlchaos-runner (docs/rbac.md) add {rule}"
         yield Point("permission", "missing", f"may not {said}", help)
     if not missing:
         yield Point("permissions", "ok", f"all {len(needed)} that the faults served here need")

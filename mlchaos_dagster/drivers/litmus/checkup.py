@@ -70,9 +70,7 @@ def _operator(site: Site, environment: Environment) -> Iterator[Point]:
     watched = variable(one, "WATCH_NAMESPACE")
     missed = [s for s in _engine_spaces(site, environment) if watched and s not in watched.split(",")]
     if missed:
-        help = (
-            f"{INSTALL}, whose operatorMode is standard; or kubernetes.litmus.namespace: {watched} in the environment"
-        )
+        help = f"{INSTALL}; or kubernetes.litmus.namespace: {watched} in the environment"
         yield Point("litmus: operator", "missing", f"it watches {watched}, and not {', '.join(missed)}", help)
     yield version("litmus: version", images(one)[0], OLDEST, INSTALL)
 
@@ -101,7 +99,7 @@ def _account(site: Site, environment: Environment, space: str) -> Iterator[Point
     name, what = site.options.litmus.service_account, f"litmus: account in {space}"
     if site.cluster.get(f"/api/v1/namespaces/{space}/serviceaccounts/{name}") is None:
         make = f"kubectl create serviceaccount {name} -n {space}"
-        yield Point(what, "missing", f"no ServiceAccount {name}", f"{make}; then {bind(site, space, space)}")
+        yield Point(what, "missing", f"no ServiceAccount {name}", f"{make}; {bind(site, space, space)}")
         return
     wanted = set(EXPERIMENTS[k] for k in environment.backends.get("litmus", tuple(EXPERIMENTS)) if k in EXPERIMENTS)
     there = [e for e in site.cluster.list(collection(space, PLURAL_OF_EXPERIMENTS)) if _name(e) in wanted]
@@ -112,14 +110,16 @@ def _account(site: Site, environment: Environment, space: str) -> Iterator[Point
         permissions = {p for e in there for p in demanded(site.cluster, e, target)}
         asked += len(permissions)
         lacking = sorted(p for p in permissions if not may(site.cluster, space, name, p))
-        for resource in sorted({(p.group, p.resource) for p in lacking}):
-            verbs = [p.verb for p in lacking if (p.group, p.resource) == resource]
-            group = f".{resource[0]}" if resource[0] else ""
-            role = "litmus-network-partition" if resource[1] == "networkpolicies" else "litmus-faults"
-            saw = f"{name} may not {', '.join(verbs)} {resource[1]}{group} in {target}"
-            yield Point(
-                what, "missing", saw, f"kubectl apply -f manifests/litmus/roles.yaml; {bind(site, target, space, role)}"
-            )
+        roles: dict[str, list[str]] = {}
+        for group, resource in sorted({(p.group, p.resource) for p in lacking}):
+            verbs = [p.verb for p in lacking if (p.group, p.resource) == (group, resource)]
+            role = "litmus-network-partition" if resource == "networkpolicies" else "litmus-faults"
+            roles.setdefault(role, []).append(f"{', '.join(verbs)} {resource}{'.' * bool(group)}{group}")
+        for role, rights in roles.items():
+            more = f"; and {len(rights) - 3} more" if len(rights) > 3 else ""
+            saw = f"{name} may not {'; '.join(rights[:3])}{more} in {target}"
+            help = f"kubectl apply -f manifests/litmus/roles.yaml; {bind(site, target, space, role)}"
+            yield Point(what, "missing", saw, help)
         if lacking:
             return
     yield Point(what, "ok", f"{name}, with all {asked} rights that the experiments ask for")
@@ -172,11 +172,11 @@ def _ours(site: Site, environment: Environment, kinds: list[str]) -> Iterator[Po
         reach.beyond(site.cluster, site.options.control_namespace, spaces(site, environment), "litmus")
     ):
         saw = f"the sweeper could not take such a fault away in namespace {space}"
-        yield Point("litmus: sweeper", "missing", saw, f"kubectl apply -n {space} -k manifests/rbac/litmus/namespace")
+        yield Point("litmus: sweeper", "missing", saw, preflight.brings_rights("litmus", space))
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
         whole = (
-            f"kubectl apply -n {namespace} -k manifests/rbac/litmus/namespace"
+            preflight.brings_rights("litmus", namespace)
             if namespace
             else "kubectl apply -k manifests/rbac/litmus"
         )
@@ -184,7 +184,7 @@ def _ours(site: Site, environment: Environment, kinds: list[str]) -> Iterator[Po
             "litmus: our rights",
             "missing",
             f"may not {said}",
-            f"{whole}, for the account mlchaos-runner; for another add {rule}",
+            f"{whole}; or for another account than mlchaos-runner add {rule}",
         )
     if not missing and on_cluster(environment):
         yield Point("litmus: our rights", "ok", f"all {len(asked)} that {len(kinds)} faults through Litmus need")

@@ -19,7 +19,7 @@ from mlchaos_dagster.engine.ports import Objection, Step
 from mlchaos_dagster.errors import DriverError, RecoverFailed
 from mlchaos_dagster.kube.client import NAME, Permission, Site
 from mlchaos_dagster.kube.objects import Object, items, mapping, text
-from mlchaos_dagster.kube.selecting import is_there
+from mlchaos_dagster.kube.selecting import has_ended, is_there
 
 
 @dataclass(frozen=True)
@@ -241,11 +241,6 @@ class Node(_Plain):
 def _uncordon(site: Site, found: Object, path: str) -> None:
     if text(found, "spec", "unschedulable") == "True":
         frozen.patch(site, found, path, {"spec": {"unschedulable": None}})
-
-
-def has_ended(pod: Object) -> bool:
-    """Nothing of it runs any more, and what was in it is gone."""
-    return text(pod, "status", "phase") in ("Succeeded", "Failed")
 
 
 def _is_serial(injection: Injection) -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 
 from mlchaos_dagster.drivers.cluster.handler import Injection, Request
 from mlchaos_dagster.drivers.litmus import recovery, states
-from mlchaos_dagster.drivers.litmus.eyes import Sight, has_ended
+from mlchaos_dagster.drivers.litmus.eyes import Sight
 from mlchaos_dagster.drivers.litmus.tracks import Place, Tracks
 from mlchaos_dagster.engine.ports import Lease, Objection, Step
 from mlchaos_dagster.errors import RecoverFailed
 from mlchaos_dagster.kube.client import Permission, Site
 from mlchaos_dagster.kube.objects import items, text
 from mlchaos_dagster.kube.refs import collection
+from mlchaos_dagster.kube.selecting import has_ended
 
 PLURAL = "chaosengines"
 
