@@ -67,6 +67,9 @@ def test_check_against_a_cluster_without_the_tool_says_what_to_add(cli: Cli, eng
     answer = cli("check", engine, "-e", "cluster")
     assert answer.code == 2 and "add to its file: backends: {litmus: [litmus_engine]}" in answer.out
     assert cli("check", engine, "-e", "both", "--library", library).code == 0
+    spaced = engine.rename(engine.with_name("my engine.yaml"))
+    named = cli("check", spaced, "-e", "both", "--library", library, "--target", "prediction-service").out
+    assert f"mlchaos run '{spaced}' -e both --target prediction-service;" in named, "as it can be pasted"
 
 
 def test_check_of_a_folder_counts_both_kinds_and_broken_second_documents(cli: Cli, engine: Path) -> None:

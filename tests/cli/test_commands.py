@@ -439,12 +439,12 @@ def test_doctor_calls_found_what_should_not_be_there_and_says_a_remedy_once(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [doctor.Finding("left behind", "missing", pod, "mlchaos clean") for pod in ("a", "b")]
-    monkeypatch.setattr(
-        doctor, "findings", lambda app: [*found, doctor.Finding("target x", "missing", "none", "kubectl get")]
-    )  # pyright: ignore
+    both = "kubectl get pods -l 'a; b'; kubectl get nodes; or another target"
+    monkeypatch.setattr(doctor, "findings", lambda app: [*found, doctor.Finding("target x", "missing", "none", both)])  # pyright: ignore
     answer = cli("doctor")
     assert answer.code == 1
     assert answer.lines == [
         "✘ found     left behind: a", "              → mlchaos clean", "✘ found     left behind: b",
-        "✘ missing   target x: none", "              → kubectl get", "3 to mend",
+        "✘ missing   target x: none", "              → kubectl get pods -l 'a; b'",
+        "              → kubectl get nodes", "              or another target", "3 to mend",
     ]  # fmt: skip

@@ -23,16 +23,19 @@ pytestmark = [
 
 
 def told(line: CommandLine, backend: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and each line that says missing with its command."""
+    """Exit code, and each line that says missing with its commands."""
     code, out, err = line("doctor", "--backend", backend)
     print(out)
     assert not err, err
     found: dict[str, str] = {}
-    lines = out.splitlines()
-    for said, then in zip(lines, [*lines[1:], ""], strict=True):
-        if "✘ missing" in said:
-            arrow, _, command = then.strip().partition(" ")
-            found[said.partition("missing")[2].strip()] = command.strip() if arrow == "→" else ""
+    missing = ""
+    for said in out.splitlines():
+        if not said.startswith(" "):
+            missing = said.partition("✘ missing")[2].strip()
+        if said.startswith(" ") and missing:
+            found[missing] = f"{found[missing]}\n{said.strip().removeprefix('→ ')}".strip()
+        elif missing:
+            found[missing] = ""
     return code, found
 
 

@@ -182,6 +182,7 @@ REFUSED = [
     ('value: "60"', 'value: "-5"', 'TOTAL_CHAOS_DURATION: "-5" is not a number of seconds.'),
     ('value: "60"', 'value: "0"', "TOTAL_CHAOS_DURATION: 0 is not more than zero."),
     ("name: TOTAL", "nam: TOTAL", 'no such field. Did you mean "name"?'),
+    ("    - name: pod-delete\n", "    - name: pod-delete\n      probe: []\n", 'spec.experiments[0].probe: no such field. Did you mean "spec.probe"?'),
     ("name: pod-delete", "name: gpu-temperature", 'Litmus has no experiment "gpu-temperature", and we none that is the same. Natively: gpu_mem'),
     ("name: pod-delete", "name: a/../b", "is not the name of an object"),
     ("chaosServiceAccount: sa", "chaosServiceAccount: ../x", "is not the name of an object"),

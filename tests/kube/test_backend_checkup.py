@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import pytest
 
 from mlchaos_dagster.catalog import Catalog
+from mlchaos_dagster.cli.doctor import _PARTS  # pyright: ignore[reportPrivateUsage]
 from mlchaos_dagster.domain.environment import Environment, Kubernetes
 from mlchaos_dagster.drivers.chaos_mesh import checkup as chaos_mesh
 from mlchaos_dagster.drivers.cluster.points import Point, version
@@ -257,7 +259,7 @@ CHAOS_MESH: dict[str, tuple[Callable[[Installed], Any], str, str]] = {
     "its certificate": (
         lambda cluster: setattr(cluster, "webhook", refusing(X509)),
         f"chaos_mesh: webhook in {SPACE}",
-        "which makes new ones",
+        "helm upgrade --install chaos-mesh",
     ),
     "its server": (
         lambda cluster: setattr(cluster, "webhook", refusing("failed calling webhook: no endpoints available")),
@@ -289,6 +291,22 @@ def test_each_missing_part_is_told_with_the_command_that_brings_it(points: Any, 
     found = wrong(looked(cluster, points))
     assert {name for name, _ in found} == {what}, "this, and nothing else"
     assert help in found[0][1]
+    for line in _PARTS.split(found[0][1]):  # as they are printed: what follows an arrow is a command and nothing else
+        if line.startswith(("kubectl ", "helm ")):
+            words = shlex.split(line)
+            assert not {"then", "or", "for"} & set(words) and not any(w.endswith((",", ";")) for w in words), line
+
+
+def test_the_sweepers_rights_come_with_their_roles_and_a_whole_role_is_one_line() -> None:
+    """A binding alone, to a role that is not there, changes nothing."""
+    cluster = Installed()
+    cluster.places[HEART] = heart("chaos_mesh")
+    ((_, help),) = wrong(looked(cluster, litmus.points))
+    assert help.startswith("kubectl apply -k manifests/rbac/litmus; kubectl apply -n ")
+    cluster = Installed()
+    cluster.account_denied |= {"list", "get", "create", "delete"}
+    said = [p for p in looked(cluster, litmus.points) if p.state == "missing"]
+    assert len(said) == len({p.help for p in said}) <= 2, [p.saw for p in said]
 
 
 def test_what_may_not_be_seen_is_not_called_missing() -> None:

@@ -175,7 +175,8 @@ class Looker:
 
     def _unknown(self, name: str, path: Path, rule: Fields, missing: list[str]) -> list[str]:
         """Says it; returns what is missing besides the field that was meant."""
-        near = nearest(name, rule.of)
+        deeper = (f for f, inside in rule.of.items() if isinstance(inside, Fields) and name in inside.of)
+        near = nearest(name, rule.of) or next((f"{f}.{name}" for f in deeper), None)
         if rule.ignored and near is None:
             self.note((*path, name), "no such field: left out, as the tool itself does nothing with it.", key=True)
             return missing

@@ -175,11 +175,7 @@ def _ours(site: Site, environment: Environment, kinds: list[str]) -> Iterator[Po
         yield Point("litmus: sweeper", "missing", saw, preflight.brings_rights("litmus", space))
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
-        whole = (
-            preflight.brings_rights("litmus", namespace)
-            if namespace
-            else "kubectl apply -k manifests/rbac/litmus"
-        )
+        whole = preflight.brings_rights("litmus", namespace) if namespace else "kubectl apply -k manifests/rbac/litmus"
         yield Point(
             "litmus: our rights",
             "missing",
