@@ -59,6 +59,7 @@ def judge(record: RunRecord, samples: Samples) -> Verdict:
         record, baseline, during, slis, expectations, recovery, steady_before, why_unsteady, samples
     )
     measured = [s.met for s in slis.values() if s.slo]
+    elsewhere, _ = _meanwhile(record, slis, samples, reference)
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),
@@ -67,7 +68,7 @@ def judge(record: RunRecord, samples: Samples) -> Verdict:
         recovery=recovery,
         fault_fired=bool(record.fault and record.fault.confirmed),
         steady_before=steady_before,
-        held=None if during is None or any(m is None for m in measured) else all(measured),
+        held=None if during is None or any(m is None for m in measured) else all(measured) and not elsewhere,
         golden=None if reference is None else reference.facts(during.requests if during else None),
         advice=advice,
         judged_by=JUDGED_BY,
@@ -119,12 +120,14 @@ def _decide(
     if unseen:
         return Outcome.INCONCLUSIVE, unseen + failed, _advice(record, during)
     deviations = _deviations(record, during, slis, () if record.shadow else expectations, recovery) + failed
-    deviations += _meanwhile(record, slis, samples, during.reference)
+    broken, unmeasured = _meanwhile(record, slis, samples, during.reference)
+    deviations += broken
     if deviations:
         return Outcome.DEVIATED, deviations, ""
     missing = [f"{e.expected}: {e.saw}" for e in expectations if e.seen is None and not record.shadow]
     missing += _too_few_answers(record, during, slis)
     missing += [f"{s.slo} could not be measured during the fault" for s in slis.values() if s.slo and s.met is None]
+    missing += unmeasured
     if recovery.met is None:
         missing.append("whether the target came back in time could not be seen")
     missing += [f"{f.name} is not known: {f.saw}" for f in record.findings if f.passed is None]
@@ -166,11 +169,11 @@ def _agreed(record: RunRecord) -> list[str]:
 
 def _meanwhile(
     record: RunRecord, slis: dict[str, SliResult], samples: Samples, reference: Reference | None
-) -> list[str]:
-    """What broke only in another cut of the window: no harm falls between phases, and none is thinned out.
+) -> tuple[list[str], list[str]]:
+    """What broke only in another cut of the window, and what could not be measured there: no harm is thinned out.
 
     The numbers are those of the window from the word to inject to the proof of clean. In it a backend that needs seconds to
-    make its fault has healthy ones, and the wait for its judgement is left out.
+    make its fault has healthy ones, and the wait for its judgement is left out. Too few requests neither make nor break a pass.
     """
     cuts: list[tuple[Span, str, str]] = []
     if record.full is not None:
@@ -178,13 +181,22 @@ def _meanwhile(
     if record.window is not None and record.tested != record.window:
         cuts.append((record.window, "before the fault was taken away", "with the wait for what the backend judged"))
     said: dict[str, str] = {}
+    unknown: list[str] = []
+    fewest = record.environment.sampling.min_samples
     for span, when, cut in cuts:
         phase = Phase(samples, record.environment, span, reference, with_open_requests=True)
+        few = len(phase.requests) < fewest
+        if few:
+            unknown.append(f"{len(phase.requests)} requests were measured {when}; at least {fewest} are needed")
         for o in record.experiment.steady_state:
-            value = phase.value(o.sli) if slis[o.sli].met and o.sli not in said else None
-            if value is not None and not o.met_by(value):
+            if not slis[o.sli].met or o.sli in said or (few and record.environment.slis[o.sli].measure is not None):
+                continue
+            value = phase.value(o.sli)
+            if value is None:
+                unknown.append(f"{describe(o)} could not be measured {when}")
+            elif not o.met_by(value):
                 said[o.sli] = f"{describe(o)} broke {when}: {show_value(value, slis[o.sli].unit)} {cut}."
-    return list(said.values())
+    return list(said.values()), unknown
 
 
 def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:

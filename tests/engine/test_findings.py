@@ -95,7 +95,16 @@ def test_harm_is_not_thinned_out_by_a_backend_that_is_slow_to_begin(tmp_path: Pa
     assert record.full.length == pytest.approx(10, abs=0.1) and record.window.length > 30
     verdict = judge(record, run.samples)
     assert verdict.outcome is Outcome.DEVIATED and "broke while the fault was on" in verdict.reasons[0], verdict.reasons
-    assert verdict.slis["availability"].met
+    assert verdict.slis["availability"].met and verdict.held is False, "nor does the asset check pass"
+
+
+def test_a_slow_backend_does_not_lend_its_healthy_requests_to_a_short_fault(tmp_path: Path) -> None:
+    """1,500 requests while it was made, 500 while it was there: of these 600 are needed."""
+    world = World(batches={"inject": 75})
+    run = build(tmp_path, world, environment={"sampling": {"baseline": "15s", "min_samples": 600}})
+    verdict = judge(run_experiment(run), run.samples)
+    assert verdict.outcome is Outcome.INCONCLUSIVE, verdict.reasons
+    assert "requests were measured while the fault was on; at least 600 are needed" in verdict.reasons[0]
 
 
 def test_harm_that_comes_only_while_waiting_is_seen(tmp_path: Path) -> None:
