@@ -35,6 +35,9 @@ _NOISE = 3.0
 """Standard deviations of the baseline beyond its extremes: twice as many readings of mere noise exceed its maximum in two of
 three runs, but that plus this in none of thousands."""
 
+_SEEN_LATE_S = 2.0
+"""How long before we saw it a fault may have come that a slow backend made: what it breaks at once falls into this time."""
+
 JUDGED_BY = "mlchaos/judgement/v1"
 
 
@@ -178,25 +181,30 @@ def _meanwhile(
     cuts: list[tuple[Span, str, str]] = []
     if record.full is not None:
         cuts.append((record.full, "while the fault was on", "from injected to the end of the window"))
+        begun = record.full.start - _SEEN_LATE_S
+        if record.window is not None and begun > record.window.start:
+            since = f"from {show_duration(_SEEN_LATE_S)} before it was seen to the end of the window"
+            cuts.append((Span(start=begun, end=record.full.end), "while the fault was on", since))
     if record.window is not None and record.tested != record.window:
         cuts.append((record.window, "before the fault was taken away", "with the wait for what the backend judged"))
     said: dict[str, str] = {}
-    unknown: list[str] = []
+    unknown: dict[tuple[str, str], str] = {}
     fewest = record.environment.sampling.min_samples
     for span, when, cut in cuts:
         phase = Phase(samples, record.environment, span, reference, with_open_requests=True)
         few = len(phase.requests) < fewest
         if few:
-            unknown.append(f"{len(phase.requests)} requests were measured {when}; at least {fewest} are needed")
+            few_words = f"{len(phase.requests)} requests were measured {when}; at least {fewest} are needed"
+            unknown.setdefault(("", when), few_words)
         for o in record.experiment.steady_state:
             if not slis[o.sli].met or o.sli in said or (few and record.environment.slis[o.sli].measure is not None):
                 continue
             value = phase.value(o.sli)
             if value is None:
-                unknown.append(f"{describe(o)} could not be measured {when}")
+                unknown.setdefault((o.sli, when), f"{describe(o)} could not be measured {when}")
             elif not o.met_by(value):
                 said[o.sli] = f"{describe(o)} broke {when}: {show_value(value, slis[o.sli].unit)} {cut}."
-    return list(said.values()), unknown
+    return list(said.values()), list(unknown.values())
 
 
 def _unseen(record: RunRecord, during: Phase, samples: Samples) -> list[str]:

@@ -98,6 +98,21 @@ def test_harm_is_not_thinned_out_by_a_backend_that_is_slow_to_begin(tmp_path: Pa
     assert verdict.slis["availability"].met and verdict.held is False, "nor does the asset check pass"
 
 
+def test_harm_that_a_kill_does_before_it_is_seen_is_not_thinned_out(tmp_path: Path) -> None:
+    """Twenty fail in the last second in which it is made, as when a pod is deleted: 0.8 % of all, 3 % since then."""
+    world = World(batches={"inject": 100})
+    run = build(tmp_path, world)
+    begun = world.clock.t
+    world.at[begun + 44.6] = lambda w: setattr(w, "errors_during", 1.0)
+    world.at[begun + 45.0] = lambda w: setattr(w, "errors_during", 0.0)
+    record = run_experiment(run)
+    first = next(r.due_s for r in run.samples.requests if not r.ok)
+    assert record.full is not None and 0 < record.full.start - first < 2
+    verdict = judge(record, run.samples)
+    assert verdict.slis["availability"].met
+    assert verdict.outcome is Outcome.DEVIATED and "before it was seen" in verdict.reasons[0], verdict.reasons
+
+
 def test_a_slow_backend_does_not_lend_its_healthy_requests_to_a_short_fault(tmp_path: Path) -> None:
     """1,500 requests while it was made, 500 while it was there: of these 600 are needed."""
     world = World(batches={"inject": 75})
