@@ -39,6 +39,12 @@ def a_result(phase: str = "Running", verdict: str = "Awaited", **more: Any) -> d
     return {"metadata": {"annotations": more.pop("notes", {})}, "status": {"experimentStatus": status, **more}}
 
 
+TEAPOT = {
+    "name": "teapot",
+    "type": "httpProbe",
+    "mode": "SOT",
+    "status": {"verdict": "Failed", "description": "Actual value: 200. Expected value: should be equal to 418"},
+}
 ERROR = {"errorCode": "TARGET_SELECTION_ERROR", "reason": "no pods\n found"}
 
 
@@ -59,6 +65,11 @@ ERROR = {"errorCode": "TARGET_SELECTION_ERROR", "reason": "no pods\n found"}
             "TARGET_SELECTION_ERROR: no pods found",
         ),
         (Tracks(an_engine("stop", "completed"), [a_result("Completed", "Error")]), "failed", "verdict Error"),
+        (  # by a probe with stopOnFailure, as the real one leaves it
+            Tracks(an_engine(), [a_result("Stopped", "Stopped", share="0", probeStatuses=[TEAPOT])]),
+            "failed",
+            "litmus probe teapot: httpProbe, mode SOT: Failed: Actual value: 200.",
+        ),
         (Tracks(an_engine(entry="Skipped")), "failed", "experiment pod-delete: Skipped"),
         (Tracks(an_engine(entry="ChaosExperiment Not Found")), "failed", "Not Found"),
         (Tracks(an_engine("stop", "completed"), [a_result("Completed", "Pass")]), "over", ""),

@@ -182,7 +182,8 @@ class LitmusFault:
             if done:
                 return
             if state.phase not in ("accepted", "running"):
-                raise _failed(injection, f"Litmus did not make the fault: {state.said}")
+                by = " (by somebody else, or by a probe with stopOnFailure)" if state.phase == "aborting" else ""
+                raise _failed(injection, f"Litmus did not make the fault, or not to its end: {state.said}{by}")
             if time.monotonic() - start >= limit_s:
                 why = states.stuck(found, tracks.events(site, found.engine) if found.engine else ())
                 seen = f"; {said}" if said else ""

@@ -44,8 +44,9 @@ def of(tracks: Tracks) -> State:
     if text(engine, "metadata", "deletionTimestamp"):
         return State("aborting", "the ChaosEngine is being deleted")
     for result in tracks.results:
-        if said := failure(result):
-            return State("failed", said)
+        if said := failure(result):  # a probe with stopOnFailure is why an experiment was stopped
+            broken = [f"{f.name}: {f.saw}" for f in findings([result])[:-1] if f.passed is False]
+            return State("failed", "; ".join([said, *broken]))
     for entry in items(engine, "status", "experiments"):
         if (word := text(entry, "status")) in _NEVER_RAN:
             return State("failed", f"experiment {text(entry, 'name')}: {word}")
