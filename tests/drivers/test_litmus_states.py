@@ -14,7 +14,7 @@ from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.kubernetes import agents
 from mlchaos_dagster.drivers.kubernetes.agents import name_of
 from mlchaos_dagster.drivers.litmus import eyes_network, states
-from mlchaos_dagster.drivers.litmus.eyes import Node, Told
+from mlchaos_dagster.drivers.litmus.eyes import Gone, Node, Told
 from mlchaos_dagster.drivers.litmus.tracks import Tracks
 from mlchaos_dagster.engine.ports import no_step
 from mlchaos_dagster.kube.client import Cluster, Site
@@ -142,6 +142,15 @@ def test_findings() -> None:
     assert stopped.passed is None
     bare = states.findings([a_result("Completed", "Pass", share="100")])[0]
     assert bare.passed and "no probes" in bare.saw
+
+
+def test_a_pod_that_is_gone_is_called_somebody_elses_only_before_the_experiment_ran() -> None:
+    """After the clean-up there is no result any more: that says nothing of whether one was there."""
+    pod = Ref("pod", "ml", "a", "1")
+    site, injection = Site(cast(Cluster, Api()), Kubernetes(namespace="ml")), Injection(a_lease(), (pod,), {})
+    found = {"before": Tracks(an_engine()), "ran": Tracks(an_engine(), [a_result()]), "cleaned": Tracks()}
+    said = {name: " ".join(Gone().look(site, injection, tracks).lines) for name, tracks in found.items()}
+    assert {name for name, lines in said.items() if "not by this run" in lines} == {"before"}, said
 
 
 @pytest.mark.parametrize("ran", [True, False])

@@ -303,6 +303,9 @@ def test_the_sweepers_rights_come_with_their_roles_and_a_whole_role_is_one_line(
     cluster.places[HEART] = heart("chaos_mesh")
     ((_, help),) = wrong(looked(cluster, litmus.points))
     assert help.startswith("kubectl apply -k manifests/rbac/litmus; kubectl apply -n ")
+    cluster.places[HEART] = heart("litmus")
+    ((_, help),) = wrong(looked(cluster, chaos_mesh.points))
+    assert help.startswith("kubectl kustomize manifests/rbac/chaos_mesh | sed s/chaos-testing/chaos-mesh/ | kubectl ")
     cluster = Installed()
     cluster.account_denied |= {"list", "get", "create", "delete"}
     said = [p for p in looked(cluster, litmus.points) if p.state == "missing"]

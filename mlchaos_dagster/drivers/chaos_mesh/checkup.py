@@ -176,7 +176,7 @@ def _refused(what: str, error: ApiRefused, space: str, system: str) -> Point:
         look = f"kubectl get pods,endpoints -n {system}; kubectl logs deployment/chaos-controller-manager -n {system}"
         return Point(what, "missing", f"it does not answer: {said}", look)
     if isinstance(error, Forbidden) or "forbidden" in said:
-        return Point(what, "missing", said, preflight.brings_rights("chaos_mesh", space))
+        return Point(what, "missing", said, f"kubectl apply -n {space} -k manifests/rbac/chaos_mesh/namespace")
     return Point(what, "missing", said, f"kubectl logs deployment/chaos-controller-manager -n {system}")
 
 
@@ -206,12 +206,11 @@ def _ours(site: Site, environment: Environment) -> Iterator[Point]:
         reach.beyond(site.cluster, site.options.control_namespace, spaces(site, environment), "chaos_mesh")
     ):
         saw = f"the sweeper could not take such a fault away in namespace {space}"
-        yield Point("chaos_mesh: sweeper", "missing", saw, preflight.brings_rights("chaos_mesh", space))
+        yield Point("chaos_mesh: sweeper", "missing", saw, preflight.brings_rights(site, "chaos_mesh", space))
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
-        whole = preflight.brings_rights("chaos_mesh", namespace)
-        if namespace in ("", site.options.chaos_mesh.system_namespace):
-            whole = "kubectl apply -k manifests/rbac/chaos_mesh"
+        system = namespace in ("", site.options.chaos_mesh.system_namespace)
+        whole = preflight.brings_rights(site, "chaos_mesh", "" if system else namespace)
         help = f"{whole}; or for another account than mlchaos-runner add {rule}"
         yield Point("chaos_mesh: our rights", "missing", f"may not {said}", help)
     if not missing and on_cluster(environment):

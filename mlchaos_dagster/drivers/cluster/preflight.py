@@ -115,16 +115,24 @@ def _within_reach(site: Site, request: Request, backend: str) -> Iterator[Object
     for name in sorted(reach.beyond(site.cluster, site.options.control_namespace, spaces, backend)):
         yield Objection(
             f"the sweeper has no rights in namespace {name}: it could not take the fault away",
-            brings_rights(backend, name),
+            brings_rights(site, backend, name),
         )
 
 
-def brings_rights(backend: str, namespace: str) -> str:
-    """The commands that give run and sweeper their rights in a namespace. The roles of other tools are not installed with us."""
-    if backend == "kubernetes":
-        return f"kubectl apply -n {namespace} -k manifests/rbac/namespace"
-    rights = f"manifests/rbac/{backend}"
-    return f"kubectl apply -k {rights}; kubectl apply -n {namespace} -k {rights}/namespace"
+def brings_rights(site: Site, backend: str, namespace: str) -> str:
+    """The commands that give run and sweeper their rights in a namespace; empty: those of the whole cluster.
+
+    The roles for other tools are not installed with us, and a binding alone to one that is not there gives nothing.
+    """
+    rights = "manifests/rbac" if backend == "kubernetes" else f"manifests/rbac/{backend}"
+    roles, shipped = f"kubectl apply -k {rights}", "chaos-testing"
+    system = site.options.chaos_mesh.system_namespace
+    if backend == "chaos_mesh" and system != shipped:
+        roles = f"kubectl kustomize {rights} | sed s/{shipped}/{system}/ | kubectl apply -f -"
+    if not namespace:
+        return roles
+    bind = f"kubectl apply -n {namespace} -k {rights}/namespace"
+    return bind if backend == "kubernetes" else f"{roles}; {bind}"
 
 
 def _pods(site: Site, request: Request) -> dict[str, Object]:

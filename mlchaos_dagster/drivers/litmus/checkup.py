@@ -172,10 +172,10 @@ def _ours(site: Site, environment: Environment, kinds: list[str]) -> Iterator[Po
         reach.beyond(site.cluster, site.options.control_namespace, spaces(site, environment), "litmus")
     ):
         saw = f"the sweeper could not take such a fault away in namespace {space}"
-        yield Point("litmus: sweeper", "missing", saw, preflight.brings_rights("litmus", space))
+        yield Point("litmus: sweeper", "missing", saw, preflight.brings_rights(site, "litmus", space))
     missing = list(preflight.refused(site, asked))
     for namespace, said, rule in missing:
-        whole = preflight.brings_rights("litmus", namespace) if namespace else "kubectl apply -k manifests/rbac/litmus"
+        whole = preflight.brings_rights(site, "litmus", namespace)
         yield Point(
             "litmus: our rights",
             "missing",

@@ -115,7 +115,7 @@ class Gone(_Plain):
             else:
                 lines.append(f"{ref.shown} is gone")
         ran = bool(tracks.results)
-        if not ran and here < len(injection.refs):
+        if tracks.engine and not ran and here < len(injection.refs):  # after the clean-up there is no result, either
             lines.append("no experiment of this ChaosEngine ran: it was not by this run")
         return Sight(effective=not here and ran, lines=tuple(lines))
 
