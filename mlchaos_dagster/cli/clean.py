@@ -61,6 +61,7 @@ def command(dry_run: bool, force: bool, installation: bool, namespaces: tuple[st
     left = [r for r in rows if r.action in ("failed", "left")]
     app.dump({"dry_run": dry_run, "clean": not left and not (dry_run and rows), "rows": [asdict(r) for r in rows]})
     if not rows:
-        app.out("nothing to clean: nothing of any experiment is in the cluster")
+        where = f"namespace {', '.join(namespaces)}" if namespaces else "the cluster"
+        app.out(f"nothing to clean: nothing of any experiment is in {where}")
     if left:
         leave(_UNCLEAN)

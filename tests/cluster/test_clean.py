@@ -79,7 +79,7 @@ def test_what_was_left_is_told_removed_and_proven(
     code, out, _ = line("clean", "--namespace", namespace)
     assert (code, out.strip().splitlines()[-1]) == (
         0,
-        "nothing to clean: nothing of any experiment is in the cluster",
+        f"nothing to clean: nothing of any experiment is in namespace {namespace}",
     )
 
 

@@ -89,6 +89,15 @@ def test_what_its_webhook_would_refuse_is_refused_with_its_place(old: str, new: 
     assert any(problem in str(p) and str(p).startswith("f.yaml:") for p in found.problems), said(found)
 
 
+@pytest.mark.parametrize("wrong", ["delay: {latency: 90}", "duration: 40"])
+def test_what_is_there_and_wrong_is_not_called_missing_as_well(wrong: str) -> None:
+    key = wrong.partition(":")[0]
+    text = "".join(f"  {wrong}\n" if line.startswith(f"  {key}:") else line for line in DELAY.splitlines(keepends=True))
+    found = brought(text)
+    assert len(found.problems) == 1 and "is not a duration" in str(found.problems[0]), said(found)
+    assert not any("no duration" in str(note) for note in found.notes)
+
+
 @pytest.mark.parametrize(
     ("selector", "why"),
     [

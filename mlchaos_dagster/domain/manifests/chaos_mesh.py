@@ -327,7 +327,8 @@ def _marks(look: Looker) -> dict[str, Any]:
 
 def _coherent(look: Looker, kind: str, action: str, spec: dict[str, Any], path: Path) -> None:
     """What the webhooks of Chaos Mesh look at."""
-    missing = [n for n in _NEEDS.get((kind, action), ()) if spec.get(n) in (None, "", [], {})]
+    needed = (n for n in _NEEDS.get((kind, action), ()) if spec.get(n) in (None, "", [], {}))
+    missing = [n for n in needed if not look.refused((*path, n))]
     if missing:
         hint = ""
         if kind == "JVMChaos" and "returnValue" in missing and spec.get("value"):
@@ -372,6 +373,8 @@ def _duration(look: Looker, kind: str, action: str, spec: dict[str, Any], path: 
         return DEFAULT_S
     if action in _ONE_SHOTS:  # over at once: that long is looked at what comes of it
         return min(seconds or DEFAULT_S, within or DEFAULT_S)
+    if look.refused((*path, "duration")):
+        return DEFAULT_S
     if seconds is None and within is None:
         look.note(path, f"no duration, and Chaos Mesh would never end it: {DEFAULT_S:g} s are taken.")
         return DEFAULT_S

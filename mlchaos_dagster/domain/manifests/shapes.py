@@ -118,6 +118,11 @@ class Looker:
         """Say something that does."""
         self.problems.append(self._said(path, what, key))
 
+    def refused(self, path: Path) -> bool:
+        """Whether what stands at a path, or below, was said to be wrong: it is there then, and not to be missed."""
+        shown = show_path(path)
+        return any(p.what.startswith((f"{shown}:", f"{shown}.", f"{shown}[")) for p in self.problems)
+
     def _said(self, path: Path, what: str, key: bool) -> Problem:
         shown = show_path(path)
         return Problem(self.document.where(path, key), one_line(f"{shown}: {what}" if shown else what))
