@@ -72,6 +72,20 @@ def test_a_fault_that_could_not_be_taken_away_keeps_its_lease(tmp_path: Path, mo
     assert left(api, "secrets"), "and what is in it"
 
 
+@pytest.mark.parametrize(("asked", "theirs"), [("ml", False), ("shop", True)])
+def test_what_runs_in_a_namespace_that_was_not_asked_for_is_left_alone_even_by_force(
+    asked: str, theirs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, clock = Discovered(), Clock()
+    ledger(api, clock).open(a_lease("mlchaos-a", "pod/shop/web-1@u1"))
+    hit: list[str] = []
+    monkeypatch.setattr(KubernetesDriver, "recover", lambda self, lease, step=None: hit.append(lease.id))
+    one = cleaner(api, tmp_path, clock)
+    one.namespaces = frozenset({asked})
+    assert (bool(list(one.rows())), bool(hit)) == (theirs, theirs)
+    assert bool(left(api, "leases")) or theirs, "and keeps its lease"
+
+
 def test_leases_of_another_control_namespace_are_left_to_their_own_sweeper(tmp_path: Path) -> None:
     api, clock = Discovered(), Clock()
     ClusterLedger(cast(Cluster, api), "elsewhere", clock, owner()).open(a_lease())

@@ -61,7 +61,7 @@ class Cleaner:
         force: Reason that makes leases of live runs due, too; empty: they are left alone.
         dry_run: Change nothing.
         installation: Remove sweeper, permissions and the control namespace as well.
-        namespaces: Only what lies there, and leases of this control namespace; empty: everywhere.
+        namespaces: Only what lies there, and leases whose targets do; empty: everywhere.
     """
 
     def __init__(
@@ -87,15 +87,17 @@ class Cleaner:
             DriverUnavailable: the cluster did not answer; what was done so far is done.
             ApiRefused: something may not be seen; it is not called clean.
         """
-        swept = self._sweep()
+        leases = self.ledger.leases()
+        elsewhere = {lease.id for lease in leases if self._elsewhere(lease)}
+        swept = self._sweep({lease.id for lease in (*leases, *self._unreadable())} - elsewhere)
         yield from map(self._swept, swept)
         due = {result.lease.id for result in swept}
-        live = {lease.id for lease in self.ledger.leases()} - due
+        live = {lease.id for lease in self.ledger.leases() if not self._elsewhere(lease)} - due
         yield from (Row(f"lease {i}", "left", "its run is alive; --force takes its fault away") for i in sorted(live))
         # What could not be proven gone keeps its lease: it is all that knows how. One that has lost its content knows
         # nothing any more; what it made is found by its marks, and it goes after them.
         failed = {r.lease.id for r in swept if not r.clean and (r.lease.targets or r.action == "left")}
-        told = live | due if self.dry_run else live | failed
+        told = elsewhere | live | (due if self.dry_run else failed)
         everything = list(leftovers.find(self.site.cluster))
         known = {object_name(i) for i in told}
         for found in everything:  # also one that was opened just now
@@ -113,12 +115,27 @@ class Cleaner:
     def _asked(self, found: Leftover) -> bool:
         return not self.namespaces or found.namespace in self.namespaces
 
+    def _elsewhere(self, lease: Lease) -> bool:
+        """Whether a lease is surely none of the namespaces that were asked for; one on nodes, or without content, may be."""
+        if not self.namespaces or self.ledger.namespace in self.namespaces:
+            return False
+        try:
+            spaces = {Ref.parse(target).namespace for target in lease.targets}
+        except DriverError:
+            return False
+        return bool(spaces) and not spaces & (self.namespaces | {""})
+
+    def _unreadable(self) -> Iterator[Lease]:
+        for path in self.ledger.unreadable():
+            if stub := self.ledger.stub(path):
+                yield stub
+
     def _whose(self, found: Leftover) -> str:
         if found.namespace == self.ledger.namespace:
             return "its run is alive; --force takes its fault away"
         return f"of another ledger: its own sweeper, or an environment with kubernetes.control_namespace: {found.namespace}"
 
-    def _sweep(self) -> list[SweepResult]:
+    def _sweep(self, only: Collection[str]) -> list[SweepResult]:
         def build(name: str, environment: str) -> Driver:
             return of_cluster(name, self.site.cluster, self.site.options)
 
@@ -128,6 +145,7 @@ class Cleaner:
             build,
             self.clock,
             self.incidents,
+            only=only if self.namespaces else None,
             dry_run=self.dry_run,
             force=self.force,
             observer=None if self.force else observer,
