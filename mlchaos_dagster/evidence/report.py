@@ -146,7 +146,7 @@ def backlog_entry(record: RunRecord, verdict: Verdict) -> str:
 
 def _counted_from(record: RunRecord) -> str:
     if record.window is not None and recovery_origin(record) == record.window.start:
-        return "Detect counts from the request, another tool's own start in it, the other parts from the kill: it is over at once"
+        return "Detect counts from the request (what another tool takes to begin is in it), the other parts from the kill"
     return "Detect counts from the injection, the other parts from the removal of the fault"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlchaos_dagster.drivers.cluster.differences import Difference
 
-START = "Seconds from our ChaosEngine to the effect (seen: 15 s for `pod_delete`, 14 s for `network_partition`, 26 s for `cpu_stress`); more where images are pulled. They count to the measured window and make its effects smaller than the harm; objectives must hold over the fault's own duration, too."
+START = "Seconds from our ChaosEngine to the effect (seen: 15 s for `pod_delete`, 14 s for `network_partition`, 26 s for `cpu_stress`); more where images are pulled. They count to the measured window and to `detect`, and make effects smaller than the harm; objectives must hold over the fault's own duration, too."
 END = "Litmus's own stop takes 9 to 13 s (seen); we prove the target clean ourselves, as soon as its Jobs and pods are gone."
 _EXPERIMENT = "The experiment undoes it at its duration, as long as it and its helper live; when they are killed without grace it stays until the sweeper or `mlchaos clean`."
 _CGROUP = "CPU or memory of the container's cgroup, read inside it: Python must be in the container."
