@@ -146,7 +146,9 @@ def backlog_entry(record: RunRecord, verdict: Verdict) -> str:
 
 def _counted_from(record: RunRecord) -> str:
     if record.window is not None and recovery_origin(record) == record.window.start:
-        return "Detect counts from the request (what another tool takes to begin is in it), the other parts from the kill"
+        return (
+            "Detect counts from the request (what another tool takes to begin is in it), the other parts from the kill"
+        )
     return "Detect counts from the injection, the other parts from the removal of the fault"
 
 
