@@ -17,6 +17,7 @@ from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.litmus import handler, lost, recovery
 from mlchaos_dagster.drivers.litmus.engine import collection
 from mlchaos_dagster.drivers.litmus.handler import LitmusFault
+from mlchaos_dagster.drivers.litmus.tracks import Tracks
 from mlchaos_dagster.engine.ports import Lease, no_step
 from mlchaos_dagster.engine.processes import current_owner
 from mlchaos_dagster.errors import DriverError, InjectFailed, LeaseRefused, RecoverFailed
@@ -291,3 +292,26 @@ def test_a_lost_engine_whose_result_says_injected_is_not_called_mended() -> None
     del world.objects[f"{PODS}/web-a"]
     assert "removed" in lost.take_away(site, path, injection.lease, no_step)
     assert not world.objects
+
+
+def test_what_a_killed_helper_left_is_ended_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the real one: the pod of a helper that was killed does not end while its stressor lives in the target."""
+    clock, ended = Clock(), list[float]()
+
+    class Eyes:
+        def end(self, *_: Any) -> None:
+            ended.append(clock.monotonic())
+            raise DriverError("one of two could not be asked", driver="litmus", verb="recover")
+
+    def find(*_: Any) -> Tracks:
+        helper = {"metadata": {"name": "helper", "namespace": "ml", "deletionTimestamp": "now"}}
+        return Tracks(pods=[] if ended else [helper])
+
+    monkeypatch.setattr(recovery, "time", clock)
+    monkeypatch.setattr(recovery.tracks, "find", find)
+    monkeypatch.setattr(recovery, "_removed", lambda *_: None)
+    eyes = cast("Any", type("Whole", (Eyes,), {"clean": lambda *_: None, "close": lambda *_: None})())
+    site = Site(cast("Cluster", World()), Kubernetes(context="c", namespace="ml"))
+    began = clock.monotonic()
+    recovery.take_away(site, cast("Injection", None), recovery.Place("ml", "e", "", LEASE_ID), eyes, no_step)
+    assert len(ended) == 1 and ended[0] - began < 10

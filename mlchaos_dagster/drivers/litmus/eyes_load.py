@@ -54,6 +54,13 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
     if name.startswith("stress-ng") and rest.split()[0] != "Z": print(pid, end=" ")
 """
 """Prints the pids of living stressors."""
+_KILLED = """
+import signal
+def print(pid, end):
+    try: os.kill(int(pid), signal.SIGKILL)
+    except OSError: pass
+"""
+"""Before the former: kills them instead, where the container's user may (stressors are root's)."""
 
 
 class Load:
@@ -128,6 +135,17 @@ class Load:
         found = [value(said) for said in each(injection.refs, left, step, _TAKES_S).values()]
         if any(found):
             raise RecoverFailed("; ".join(filter(None, found)), driver=NAME, verb="recover")
+
+    def end(self, site: Site, injection: Injection, step: Step) -> None:
+        """Kill the stressors of a helper that was killed without grace: they would live on until their own end."""
+
+        def kill(ref: Ref) -> None:
+            name = str(injection.undo["before"]["use"][ref.uid]["container"])
+            if is_running(frozen.read(site, ref), ref, name):
+                site.cluster.exec(ref.namespace, ref.name, name, ["python3", "-I", "-S", "-c", _KILLED + _STRESSORS])
+
+        for done in each(injection.refs, kill, step, _TAKES_S).values():
+            value(done)
 
     def close(self, site: Site, injection: Injection, step: Step) -> None:
         """Nothing was left."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from mlchaos_dagster.drivers.cluster.handler import Injection
 from mlchaos_dagster.drivers.litmus import tracks
@@ -17,7 +18,7 @@ from mlchaos_dagster.drivers.litmus.engine import ACTIVE, STOP, collection
 from mlchaos_dagster.drivers.litmus.eyes import Eyes
 from mlchaos_dagster.drivers.litmus.tracks import Place, Tracks
 from mlchaos_dagster.engine.ports import Step
-from mlchaos_dagster.errors import DriverUnavailable, RecoverFailed
+from mlchaos_dagster.errors import DriverError, DriverUnavailable, RecoverFailed
 from mlchaos_dagster.kube.client import Conflict, NotFound, Site
 from mlchaos_dagster.kube.objects import Object, text
 from mlchaos_dagster.kube.refs import collection as of_kube
@@ -28,6 +29,17 @@ _LATE_S = 15.0
 """Beyond its grace, a pod that is still there is on a node that does not answer."""
 _GONE_S = 5.0
 """For an object without finalizers."""
+_ORPHANED_S = 5.0
+"""A helper that hears a stop has undone its fault by then; one that was killed has not, and its pod does not end before it."""
+
+
+@runtime_checkable
+class Ending(Protocol):
+    """Eyes that can end, at the targets, what a helper left there that was killed without grace."""
+
+    def end(self, site: Site, injection: Injection, step: Step) -> None:
+        """As far as it is allowed to; `clean` tells what is left. Raises DriverError."""
+        ...
 
 
 def take_away(site: Site, injection: Injection, place: Place, eyes: Eyes, step: Step) -> None:
@@ -37,7 +49,7 @@ def take_away(site: Site, injection: Injection, place: Place, eyes: Eyes, step: 
         RecoverFailed: the fault may be live; says what is left.
         DriverUnavailable: the cluster did not answer.
     """
-    left = _ended(site, place, step)
+    left = _ended(site, place, step, lambda: eyes.end(site, injection, step) if isinstance(eyes, Ending) else None)
     for policy in left.policies:  # an experiment that was killed leaves it
         _delete(site, f"/apis/networking.k8s.io/v1/namespaces/{place.target_namespace}/networkpolicies", policy)
     step(0, 0)
@@ -46,14 +58,21 @@ def take_away(site: Site, injection: Injection, place: Place, eyes: Eyes, step: 
     eyes.close(site, injection, step)
 
 
-def _ended(site: Site, place: Place, step: Step) -> Tracks:
+def _ended(site: Site, place: Place, step: Step, orphaned: Callable[[], None]) -> Tracks:
     """Stop, and wait until neither Job nor pod is left."""
     options = site.options.litmus
     found = _stopped(site, tracks.find(site, place))
     patience_s = options.recover_within if _is_stopping(found) else 0.0
     start, ours = time.monotonic(), False
+    due: float | None = start + _ORPHANED_S
     while found.at_work:
         waited = time.monotonic() - start
+        if due is not None and time.monotonic() >= due:
+            due = None
+            try:
+                orphaned()
+            except DriverError:  # what it is about is looked at again, when nothing runs any more
+                pass
         idle = [o for o in found.at_work if not text(o, "metadata", "deletionTimestamp")]
         if idle and waited >= patience_s:
             _end(site, place, found, math.ceil(options.grace))
