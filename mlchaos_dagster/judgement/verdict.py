@@ -38,7 +38,7 @@ three runs, but that plus this in none of thousands."""
 _SEEN_LATE_S = 2.0
 """How long before we saw it a fault may have come that a slow backend made: what it breaks at once falls into this time."""
 
-JUDGED_BY = "mlchaos/judgement/v1"
+JUDGED_BY = "mlchaos/judgement/v2"
 
 
 def judge(record: RunRecord, samples: Samples) -> Verdict:
