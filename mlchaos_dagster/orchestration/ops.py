@@ -14,6 +14,7 @@ import dagster as dg
 from mlchaos_dagster.domain.environment import Environment
 from mlchaos_dagster.domain.record import RunRecord, Samples, Span
 from mlchaos_dagster.domain.spec import Experiment
+from mlchaos_dagster.errors import MlChaosError
 from mlchaos_dagster.judgement.measures import Phase, reference_of
 from mlchaos_dagster.orchestration import keys
 from mlchaos_dagster.orchestration import metadata as md
@@ -97,6 +98,8 @@ def make_ops(pairs: Mapping[str, Pair]) -> dict[str, dg.OpDefinition]:
         except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
             # Bringing the environment up takes seconds. There is no run yet that could tell of this.
             end_cancelled(context, "interrupted before it began")
+        except MlChaosError as e:  # a line for people, where Dagster would head it with its own
+            raise dg.Failure(str(e), allow_retries=False) from e
         guards = ()
         with session.interruptible("checking guards"):
             if missing := {k: v for k, v in keys.run_tags(experiment, environment).items() if k not in tags}:

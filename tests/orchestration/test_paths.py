@@ -484,6 +484,19 @@ def test_the_error_of_ours_is_told_and_not_its_cause(platform: SimPlatform, monk
     ] * 2
 
 
+def test_dagster_heads_an_error_of_ours_with_its_own_words(
+    run: Any, platform: SimPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: SimPlatform) -> None:
+        raise ConfigError("the context leads to another cluster than before")
+
+    calling(monkeypatch, "build_run", refused)
+    result = run(experiment("one"))
+    (failed,) = [e for e in result.all_events if e.is_step_failure and "check_guards" in (e.step_key or "")]
+    told = failed.step_failure_data.user_failure_data
+    assert told is not None and told.description == "the context leads to another cluster than before"
+
+
 @pytest.mark.parametrize("text", ["-3", "x", "1.5", "", "²"])
 def test_a_seed_that_is_none(text: str) -> None:
     with pytest.raises(SpecError, match="not a seed"):
