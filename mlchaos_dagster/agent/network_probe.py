@@ -77,10 +77,19 @@ class Prober:
         self._threads: list[threading.Thread] = []
 
     def look_before(self) -> None:
-        """Every place once, at the same time; at most BEFORE_S."""
+        """Every place, at the same time; little more than BEFORE_S at most."""
 
         def one(probe: str) -> None:
-            self.before[probe] = attempt(probe, BEFORE_S)
+            end, seen = time.monotonic() + BEFORE_S, attempt(probe, BEFORE_S)
+            # One slow answer of a busy node would hide the delay to come: the fastest of three is what it takes.
+            for _ in range(2):
+                left = end - time.monotonic()
+                if self.plan.kind != LATENCY or not seen.answered or seen.took_s < _least(self.plan) / 4 or left <= 0:
+                    break
+                again = attempt(probe, left)
+                if again.answered and again.took_s < seen.took_s:
+                    seen = again
+            self.before[probe] = seen
 
         threads = [threading.Thread(target=one, args=(p,), daemon=True) for p in self.plan.probes]
         for thread in threads:

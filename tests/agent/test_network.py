@@ -6,12 +6,12 @@ import statistics
 
 import pytest
 
+from mlchaos_dagster.agent import network_probe, network_rules
 from mlchaos_dagster.agent import network_queue as queue
-from mlchaos_dagster.agent import network_rules
 from mlchaos_dagster.agent.network_home import at_home, gateways, name_servers
 from mlchaos_dagster.agent.network_keeper import Keeper
 from mlchaos_dagster.agent.network_plan import Plan, short_name
-from mlchaos_dagster.agent.network_probe import Seen, effect
+from mlchaos_dagster.agent.network_probe import Prober, Seen, effect
 from mlchaos_dagster.agent.network_rules import Counted, counted, met, removal, script
 
 LEASE = "mlchaos-x-0123456789"
@@ -161,6 +161,17 @@ def _seen(
 ) -> bool:
     plan = Plan(LEASE, kind, 9.0, probes=(PROBE,), latency_s=0.5, jitter_s=0.1, fraction=0.2)
     return effect(plan, before, {PROBE: Seen(1.0, answered, took_s)}, rules, held)[0]
+
+
+@pytest.mark.parametrize(("kind", "took_s"), [("network_latency", 0.01), ("network_partition", 0.4)])
+def test_one_slow_answer_before_a_delay_does_not_hide_it(
+    kind: str, took_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([0.4, 0.01, 0.3])
+    monkeypatch.setattr(network_probe, "attempt", lambda probe, limit_s: Seen(0.0, True, next(answers)))
+    prober = Prober(Plan(LEASE, kind, 9.0, probes=(PROBE,), latency_s=0.5), lambda: True)
+    prober.look_before()
+    assert prober.before[PROBE].took_s == took_s
 
 
 def test_an_effect_is_only_what_was_seen() -> None:

@@ -32,7 +32,9 @@ def test_kubectl_knows_what_is_meant(crds: None, namespace: str) -> None:  # noq
 def _wrong(line: str, namespace: str) -> str:
     if any(word in line for word in ELSEWHERE):
         return ""
-    words = shlex.split(line.partition(";")[0].replace("ml-serving", namespace).replace("NAME", "x"))
+    words = shlex.split(
+        line.partition(";")[0].partition(" | ")[0].replace("ml-serving", namespace).replace("NAME", "x")
+    )
     if words[1] not in READS and "token" not in words:
         words.append("--dry-run=server" if words[1] != "delete" else "--dry-run=client")
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)

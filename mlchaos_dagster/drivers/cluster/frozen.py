@@ -24,8 +24,8 @@ from mlchaos_dagster.kube.refs import Ref, collection
 UNDO = "mlchaos.dev/undo"
 """Annotation: JSON of what was there before, so that the object itself tells how it is mended."""
 FENCE = "mlchaos.dev/fence"
-"""Annotation: there for the moment of a `shut_out`."""
-MARKS = (LEASE, UNDO, FENCE)
+"""Label: there for the moment of a `shut_out`. No annotation: the Deployment controller copies those to ReplicaSets, also late."""
+MARKS = (LEASE, UNDO)
 """All annotations of ours."""
 _ONE_BY_ONE = 10
 """So many objects of one place are read singly; more are listed."""
@@ -91,8 +91,8 @@ def shut_out(site: Site, ref: Ref) -> bool:
 
     def move_on(found: Object) -> None:
         token = secrets.token_hex(4)
-        later = patch(site, found, ref.path, {"metadata": {"annotations": {FENCE: token}}})
-        patch(site, later, ref.path, {"metadata": {"annotations": {FENCE: None}}})
+        later = patch(site, found, ref.path, {"metadata": {"labels": {FENCE: token}}})
+        patch(site, later, ref.path, {"metadata": {"labels": {FENCE: None}}})
 
     return change(site, ref, move_on)
 

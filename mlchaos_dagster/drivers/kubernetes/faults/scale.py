@@ -178,7 +178,7 @@ def copies(site: Site, ref: Ref, lease_id: str) -> Iterator[Object]:
     for found in site.cluster.list(f"/apis/apps/v1/namespaces/{ref.namespace}/replicasets"):
         notes = mapping(found, "metadata", "annotations")
         mine = any(text(o, "uid") == ref.uid for o in items(found, "metadata", "ownerReferences"))
-        if mine and (notes.get(LEASE) == lease_id or frozen.FENCE in notes):
+        if mine and notes.get(LEASE) == lease_id:
             yield found
 
 
