@@ -12,6 +12,7 @@ ReplicaSets, from where `kubectl rollout undo` would bring them back: they are t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,9 @@ _PEOPLE = ("kubectl", "helm", "terraform", "pulumi", "k9s", "lens", "openapi-gen
 """Beginnings of field managers that write once, when somebody says so, and do not come back by themselves."""
 _AUTOSCALER = "kube-controller-manager"
 _MANAGER = "mlchaos"
+_SETTLES_S = 5.0
+"""For its controller to see a change; it takes a moment, and a second on a busy machine."""
+_POLL_S = 0.05
 
 
 class Scaling:
@@ -104,6 +108,7 @@ class Scaling:
                 found = frozen.read(site, ref)  # what came in just before is seen now
             if found is not None and frozen.marked_by(found) == lease.id:
                 frozen.change(site, ref, lambda now, ref=ref: self._restore(site, ref, now, injection))
+            _settled(site, ref, step)
             for copy in copies(site, ref, lease.id):
                 unmark(site, copy)
             step(0, 0)
@@ -118,7 +123,7 @@ class Scaling:
                 continue
             ours = frozen.marked_by(found) == injection.lease.id
             wanted, there = replicas_of(found), int(part(found, "status", "replicas") or 0)
-            seen = int(part(found, "status", "observedGeneration") or 0) >= int(part(found, "metadata", "generation"))
+            seen = _is_seen(found)
             before = injection.undo["replicas"].get(ref.uid)
             goal = self.goal(0 if before is None else before, injection.params)
             effective.append(ours and wanted == there == goal and seen)
@@ -126,8 +131,9 @@ class Scaling:
                 "" if wanted in (goal, before) else f" (before the fault: {before}; somebody set others meanwhile)"
             )
             copied = any(copies(site, ref, injection.lease.id))
-            present = present or ours or copied
+            present = present or ours or copied or not seen
             marked = "marked" if ours else "marks on its ReplicaSets" if copied else "not marked"
+            marked += "" if seen else ", its controller has not seen that yet"
             lines.append(f"{ref.shown} wants {wanted} replicas and has {there}{changed}, {marked}")
         return Evidence(present=present, effective=bool(effective) and all(effective), lines=tuple(lines))
 
@@ -169,6 +175,18 @@ def _keepers(found: Object) -> Iterator[str]:
             continue
         if not who.lower().startswith(_PEOPLE):
             yield f"field manager {who}"
+
+
+def _settled(site: Site, ref: Ref, step: Step) -> None:
+    """Until the controller has seen the workload as it is now: from what it saw before it copies marks, also late."""
+    end = time.monotonic() + _SETTLES_S
+    while (found := frozen.read(site, ref)) is not None and not _is_seen(found) and time.monotonic() < end:
+        step(0, 0)
+        time.sleep(_POLL_S)
+
+
+def _is_seen(found: Object) -> bool:
+    return int(part(found, "status", "observedGeneration") or 0) >= int(part(found, "metadata", "generation") or 0)
 
 
 def copies(site: Site, ref: Ref, lease_id: str) -> Iterator[Object]:
