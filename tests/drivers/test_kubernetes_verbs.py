@@ -157,6 +157,39 @@ def test_replicas_go_back_to_what_they_were_when_the_fault_was_made() -> None:
     assert api.objects[path]["spec"]["replicas"] == 5
 
 
+def test_marks_that_a_late_controller_copies_are_taken_off_its_replica_set() -> None:
+    """It copies annotations from what it last saw: until it has seen the workload as it is now, nothing is clean."""
+    path, ref = "/apis/apps/v1/namespaces/ml/deployments/web", Ref("deployment", "ml", "web", "uid-web")
+    meta = {"name": "web", "namespace": "ml", "uid": "uid-web", "resourceVersion": "1", "generation": 3}
+    own = {
+        "name": "web-1",
+        "namespace": "ml",
+        "uid": "uid-rs",
+        "resourceVersion": "1",
+        "ownerReferences": [{"uid": "uid-web"}],
+    }
+    api = Api()
+    api.objects[path] = {"metadata": meta, "spec": {"replicas": 3}, "status": {"observedGeneration": 2}}
+    copy = api.objects["/apis/apps/v1/namespaces/ml/replicasets/web-1"] = {"metadata": own}
+    where, fault = Site(cast(Cluster, api), Kubernetes(context="x", namespace="ml")), handler("scale_to_zero")
+    lease = injection("scale_to_zero", {"replicas": {"uid-web": 3}}, ref)
+    fault.inject(where, lease, no_step)
+    assert fault.active(where, lease).present
+
+    def late(done: int, total: int) -> None:
+        """The controller at work, while recovery waits for it: it writes what it saw, then it sees."""
+        status = api.objects[path]["status"]
+        if status["observedGeneration"] < 3:
+            own["annotations"] = {LEASE: "mlchaos-a"}
+            status["observedGeneration"] = 3
+
+    fault.recover(where, lease, late)
+    assert LEASE not in (
+        api.objects["/apis/apps/v1/namespaces/ml/replicasets/web-1"]["metadata"].get("annotations") or {}
+    )
+    assert not fault.active(where, lease).present, copy
+
+
 def test_a_pod_that_was_deleted_by_force_is_not_known_to_be_gone_while_its_node_is_cut_off() -> None:
     away = {"metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}
     where, lost = (
