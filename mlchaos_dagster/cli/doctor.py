@@ -23,7 +23,7 @@ _MARK = {"ok": "✔ ok      ", "missing": "✘ missing ", "optional": "– optio
 _FOUND = "✘ found   "
 """In place of `missing`, of what should not be there."""
 _SHOULD_NOT_BE = ("left behind", "lease", "lever")
-_PARTS = re.compile(r"; (?=kubectl |helm |mlchaos |or )")
+PARTS = re.compile(r"; (?=kubectl |helm |mlchaos |or )")
 """Between commands, and before what may be done instead: each is told on a line of its own, to be pasted."""
 
 
@@ -57,7 +57,7 @@ def command(backend: str | None) -> None:
         mark = _FOUND if finding.state == "missing" and finding.what in _SHOULD_NOT_BE else _MARK[finding.state]
         app.out(f"{mark}  {finding.what}: {finding.saw}")
         if finding.help not in ("", told) and finding.state != "ok":
-            for remedy in _PARTS.split(finding.help):
+            for remedy in PARTS.split(finding.help):
                 app.out(f"              {'' if remedy.startswith('or ') else '→ '}{remedy}")
     broken = [f for f in found if f.state == "missing"]
     app.dump({"ok": not broken, "findings": [asdict(f) for f in found]})

@@ -25,6 +25,13 @@ def judged(tmp_path: Path, world: World, answer: Finding | Exception, takes_s: f
     return build(tmp_path, world)
 
 
+def failing(world: World, start_s: float, end_s: float) -> None:
+    """Every request fails between two moments, seconds from now, if a fault is on."""
+    now = world.clock.t
+    world.at[now + start_s] = lambda w: setattr(w, "errors_during", 1.0)
+    world.at[now + end_s] = lambda w: setattr(w, "errors_during", 0.0)
+
+
 @pytest.mark.req("R3-01")
 @pytest.mark.parametrize(
     ("answer", "outcome", "said"),
@@ -87,9 +94,7 @@ def test_harm_is_not_thinned_out_by_a_backend_that_is_slow_to_begin(tmp_path: Pa
     """Ten requests fail: 2 % of the 500 while the fault was on, 0.7 % of those since it was begun to be made."""
     world = World(batches={"inject": 50})
     run = build(tmp_path, world)
-    begun = world.clock.t
-    world.at[begun + 30.0] = lambda w: setattr(w, "errors_during", 1.0)
-    world.at[begun + 30.2] = lambda w: setattr(w, "errors_during", 0.0)
+    failing(world, 30.0, 30.2)
     record = run_experiment(run)
     assert record.full is not None and record.window is not None
     assert record.full.length == pytest.approx(10, abs=0.1) and record.window.length > 30
@@ -102,9 +107,7 @@ def test_harm_that_a_kill_does_before_it_is_seen_is_not_thinned_out(tmp_path: Pa
     """Twenty fail in the last second in which it is made, as when a pod is deleted: 0.8 % of all, 3 % since then."""
     world = World(batches={"inject": 100})
     run = build(tmp_path, world)
-    begun = world.clock.t
-    world.at[begun + 44.6] = lambda w: setattr(w, "errors_during", 1.0)
-    world.at[begun + 45.0] = lambda w: setattr(w, "errors_during", 0.0)
+    failing(world, 44.6, 45.0)
     record = run_experiment(run)
     first = next(r.due_s for r in run.samples.requests if not r.ok)
     assert record.full is not None and 0 < record.full.start - first < 2

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from mlchaos_dagster.catalog import Catalog
-from mlchaos_dagster.cli.doctor import _PARTS  # pyright: ignore[reportPrivateUsage]
+from mlchaos_dagster.cli.doctor import PARTS
 from mlchaos_dagster.domain.environment import Environment, Kubernetes
 from mlchaos_dagster.drivers.chaos_mesh import checkup as chaos_mesh
 from mlchaos_dagster.drivers.cluster.points import Point, version
@@ -291,7 +291,7 @@ def test_each_missing_part_is_told_with_the_command_that_brings_it(points: Any, 
     found = wrong(looked(cluster, points))
     assert {name for name, _ in found} == {what}, "this, and nothing else"
     assert help in found[0][1]
-    for line in _PARTS.split(found[0][1]):  # as they are printed: what follows an arrow is a command and nothing else
+    for line in PARTS.split(found[0][1]):  # as they are printed: what follows an arrow is a command and nothing else
         if line.startswith(("kubectl ", "helm ")):
             words = shlex.split(line)
             assert not {"then", "or", "for"} & set(words) and not any(w.endswith((",", ";")) for w in words), line
