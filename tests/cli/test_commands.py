@@ -440,7 +440,8 @@ def test_doctor_calls_found_what_should_not_be_there_and_says_a_remedy_once(
 ) -> None:
     found = [doctor.Finding("left behind", "missing", pod, "mlchaos clean") for pod in ("a", "b")]
     both = "kubectl get pods -l 'a; b'; kubectl get nodes; or another target"
-    monkeypatch.setattr(doctor, "findings", lambda app: [*found, doctor.Finding("target x", "missing", "none", both)])  # pyright: ignore
+    found.append(doctor.Finding("target x", "missing", "none", both))
+    monkeypatch.setattr(doctor, "findings", lambda _: found)
     answer = cli("doctor")
     assert answer.code == 1
     assert answer.lines == [
